@@ -1,0 +1,5 @@
+"""`python -m common` is `uad`."""
+
+from .cli import app
+
+app()

@@ -1,0 +1,89 @@
+"""Cohorts: one CSV row per subject, turned into MONAI datalists."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from ..errors import CohortError
+
+Split = Literal["train", "val", "test"]
+SAMPLE_DIR = Path(__file__).parent / "sample"
+
+
+def sample_dir() -> str:
+    """Folder of the sample that the package ships: the MNI152 template with simulated lesions."""
+    return str(SAMPLE_DIR)
+
+
+def image_list(image: str | Path | Sequence[str | Path]) -> list[dict[str, object]]:
+    """A datalist of a file, of several, or of the NIfTI files of a folder. Nothing is opened here."""
+    if isinstance(image, (str, Path)):
+        image = sorted(Path(image).glob("*.nii*")) or [image]
+    return [{"subject": case_name(path), "image": str(path)} for path in image]
+
+
+def case_name(path: str | Path) -> str:
+    """File name without its suffixes: `sub-01_T1w` for `a/sub-01_T1w.nii.gz`."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+
+
+def read_cohort(
+    cohort: str | Path,
+    modalities: Sequence[str],
+    split: Split | None = None,
+    healthy: bool | None = None,
+) -> list[dict[str, object]]:
+    """The rows of a cohort CSV as a datalist: subject, image (path, or one path per modality), brain, lesion.
+
+    The columns are `subject`, `split`, one per modality, and optionally `brain` and `lesion` (empty: none; a subject
+    without `lesion` is healthy). Paths are relative to the CSV.
+
+    Args:
+        split: only rows of this split.
+        healthy: only healthy subjects, or only those with a lesion.
+    Raises CohortError where a column is missing, a subject appears twice or in two splits, or nothing is left.
+    """
+    path = Path(cohort)
+    if not path.is_file():
+        raise CohortError(path, "no such cohort CSV", "check the path")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        missing = [c for c in ("subject", "split", *modalities) if c not in (reader.fieldnames or [])]
+        if missing:
+            raise CohortError(path, f"no column {', '.join(missing)}", "see the README for the columns of a cohort")
+        rows = list(reader)
+    check_subjects(path, [row["subject"] for row in rows])
+    datalist = [_item(path, row, modalities) for row in rows if split in (None, row["split"])]
+    if healthy is not None:
+        datalist = [item for item in datalist if (item["lesion"] is None) is healthy]
+    if not datalist:
+        raise CohortError(path, f"no row with split={split}, healthy={healthy}", "check the columns split and lesion")
+    return datalist
+
+
+def check_subjects(path: Path, subjects: list[str]) -> None:
+    """Every row is another subject; a name is used in file names. Raises CohortError."""
+    twice = {s for s in subjects if subjects.count(s) > 1}
+    if twice:
+        raise CohortError(path, f"subject {sorted(twice)[0]!r} appears more than once", "give each subject one row")
+    for subject in subjects:
+        if not subject or Path(subject).name != subject:
+            raise CohortError(path, f"subject {subject!r} cannot name a folder", "use letters, digits, - and _")
+
+
+def _item(path: Path, row: dict[str, str], modalities: Sequence[str]) -> dict[str, object]:
+    def resolve(column: str) -> str | None:
+        return str(path.parent / row[column]) if row.get(column) else None
+
+    images = [resolve(modality) for modality in modalities]
+    if None in images:
+        raise CohortError(path, f"subject {row['subject']!r} lacks an image", f"give all of {', '.join(modalities)}")
+    return {
+        "subject": row["subject"],
+        "image": images[0] if len(images) == 1 else images,
+        "brain": resolve("brain"),
+        "lesion": resolve("lesion"),
+    }

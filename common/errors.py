@@ -1,0 +1,42 @@
+"""Everything that can be wrong with an input, one class per kind of problem.
+
+Each message is one line: the file, what is wrong, what to do.
+"""
+
+from __future__ import annotations
+
+
+class UADError(Exception):
+    """Base of all errors that a user can act on."""
+
+    def __init__(self, source: object, fact: str, remedy: str) -> None:
+        self.source, self.fact, self.remedy = str(source), fact, remedy
+        super().__init__(" ".join(f"{source}: {fact}; {remedy}".split()))
+
+
+class ImageFileError(UADError):
+    """The file is missing, unreadable, truncated or not an image."""
+
+
+class ImageShapeError(UADError):
+    """Wrong number of dimensions, slices or channels."""
+
+
+class ImageGeometryError(UADError):
+    """The affine does not place the voxels in millimetres: singular, missing, not finite or implausible."""
+
+
+class ImageIntensityError(UADError):
+    """Voxel values that cannot be an image: NaN, Inf, all zero, constant."""
+
+
+class SkullStripError(UADError):
+    """The image does not look skull-stripped, or the brain mask does not fit it."""
+
+
+class CohortError(UADError):
+    """The cohort CSV does not say what is needed."""
+
+
+class BundleError(UADError):
+    """The bundle, its weights or its calibration cannot be used."""

@@ -1,0 +1,164 @@
+"""What the trainers need beside MONAI's handlers: EMA, clipping, resuming, and weights at the end."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers.tqdm_logger import ProgressBar
+from monai.engines import IterationEvents
+from monai.handlers import CheckpointLoader, CheckpointSaver
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset
+
+from ..networks.latent_space import LatentSpace
+from ..networks.volume import VolumeDetector
+from ..weights import load_weights, save_weights
+
+
+class ExponentialMovingAverage(AveragedModel):
+    """Average of an objective's weights over about 1 / (1 - decay) steps, over fewer in the beginning.
+
+    `module` is the averaged objective. The number of steps is part of the state, so a resumed run goes on alike.
+    """
+
+    def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
+        def average(mean: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
+            return torch.lerp(current, mean, min(decay, (1 + float(steps)) / (10 + float(steps))))
+
+        super().__init__(network, avg_fn=average)
+        self.network = [network]  # in a list, so that it is not a submodule
+
+    def attach(self, engine: Engine) -> None:
+        """Add the handler to a trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.update)
+
+    def update(self, engine: Engine) -> None:  # noqa: ARG002
+        """Take the current weights in."""
+        self.update_parameters(self.network[0])
+
+
+class GradientClipping:
+    """Clip the norm of all gradients of a network before each optimizer step."""
+
+    def __init__(self, network: nn.Module, max_norm: float = 1.0) -> None:
+        self.network = network
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        """Add the handler to a trainer."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:  # noqa: ARG002
+        """Clip."""
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+
+
+class Checkpoints:
+    """Save everything after each epoch, keep the newest, and resume from it when training starts again.
+
+    Args:
+        save_dir: folder of the checkpoints; they appear whole or not at all.
+        state: what has a state dict: network, average, optimizer, lr_scheduler. The trainer is added.
+    """
+
+    def __init__(self, save_dir: str, state: dict[str, Any]) -> None:
+        self.save_dir = Path(save_dir)
+        self.state = state
+
+    def attach(self, engine: Engine) -> None:
+        """Add the handler to a trainer."""
+        self.state = {**self.state, "trainer": engine}
+        CheckpointSaver(str(self.save_dir), self.state, save_interval=1, n_saved=1).attach(engine)
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Load the newest checkpoint, if there is one."""
+        found = sorted(self.save_dir.glob("checkpoint_epoch=*.pt"), key=_epoch)
+        if found:
+            logging.getLogger(__name__).info("resuming from %s", found[-1])
+            CheckpointLoader(str(found[-1]), self.state, map_location="cpu")(engine)
+
+
+def _epoch(path: Path) -> int:
+    found = re.search(r"epoch=(\d+)", path.name)
+    return int(found[1]) if found else -1
+
+
+class SaveWeights:
+    """Write the bundle's weights when training completes: the network with the averaged detector, in half precision.
+
+    Args:
+        network: the `VolumeDetector`.
+        average: of an objective that trains `network.detector`.
+        path: weights file.
+    """
+
+    def __init__(self, network: VolumeDetector, average: ExponentialMovingAverage, path: str) -> None:
+        self.network = network
+        self.average = average
+        self.path = path
+
+    def attach(self, engine: Engine) -> None:
+        """Add the handler to a trainer."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:  # noqa: ARG002
+        """Write the file."""
+        state = self.network.state_dict()
+        averaged = self.average.module.detector.state_dict()
+        state.update({f"detector.{name}": value for name, value in averaged.items()})
+        save_weights(state, self.path)
+
+
+class SaveAutoencoder:
+    """Write a latent space when the autoencoder's training completes, its scale fitted on the training images.
+
+    Args:
+        latent_space: holds the trained autoencoder.
+        average: of an `AutoencoderObjective`.
+        dataset: training slices, for the scale.
+        path: weights file.
+    """
+
+    def __init__(self, latent_space: LatentSpace, average: ExponentialMovingAverage, dataset: Dataset, path: str) -> None:
+        self.latent_space = latent_space
+        self.average = average
+        self.dataset = dataset
+        self.path = path
+
+    def attach(self, engine: Engine) -> None:
+        """Add the handler to a trainer."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:  # noqa: ARG002
+        """Fit the scale and write the file."""
+        space = self.latent_space
+        space.autoencoder.load_state_dict(self.average.module.autoencoder.state_dict())
+        device = space.scale.device
+        with torch.no_grad():
+            means = [
+                space.autoencoder.encode(batch["image"].to(device) * 2 - 1)[0]
+                for batch in DataLoader(self.dataset, batch_size=64)
+            ]
+        space.fit_scale(torch.cat(means))
+        save_weights(space.state_dict(), self.path)
+
+
+def load_latent_space(latent_space: LatentSpace, path: str, device: torch.device) -> LatentSpace:
+    """The latent space with the weights of the autoencoder stage. Raises BundleError."""
+    latent_space.load_state_dict(load_weights(path))
+    return latent_space.to(device)
+
+
+class EpochProgress(ProgressBar):
+    """Progress bar of a trainer, one bar an epoch, with the running loss."""
+
+    def attach(self, engine: Engine) -> None:  # type: ignore[override]
+        """Add the bar to a trainer."""
+        super().attach(engine, output_transform=lambda output: {"loss": float(output["loss"])})

@@ -1,0 +1,93 @@
+"""The contract that every method keeps: 2D slices in, a raw anomaly map, a reconstruction and a score out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a method says of a batch of slices.
+
+    anomaly_map: (B, 1, H, W) float32 >= 0, raw, higher = more abnormal, exactly 0 outside the foreground.
+    reconstruction: (B, C, H, W) in [0, 1], pseudo-healthy, exactly 0 outside the foreground.
+    score: (B,) the method's image-level score, higher = more abnormal.
+    """
+
+    anomaly_map: Tensor
+    reconstruction: Tensor
+    score: Tensor
+
+
+class AnomalyDetector(nn.Module):
+    """One published method: its networks, its schedule and its post-processing in one module.
+
+    A subclass implements `_detect`. `size_divisor` is the multiple that H and W must have.
+    """
+
+    size_divisor: int = 1
+
+    @torch.no_grad()
+    def detect(self, image: Tensor, foreground: Tensor | None = None, seeds: Tensor | None = None) -> Detection:
+        """Find what is abnormal in a batch of slices; every slice is treated as if it were alone.
+
+        image: (B, C, H, W) float, foreground in (0, 1], background exactly 0.
+        foreground: (B, 1, H, W) bool, where anomalies are looked for; default: any channel > 0.
+        seeds: (B,) int64, one per slice, the only source of randomness; default: all 0.
+        Raises ValueError where the shapes do not fit.
+        """
+        if image.ndim != 4 or any(size % self.size_divisor for size in image.shape[2:]):
+            raise ValueError(f"image must be (B, C, H, W) with H and W multiples of {self.size_divisor}: {image.shape}")
+        if foreground is None:
+            foreground = (image > 0).any(dim=1, keepdim=True)
+        if foreground.shape != (len(image), 1, *image.shape[2:]):
+            raise ValueError(f"foreground {tuple(foreground.shape)} does not fit image {tuple(image.shape)}")
+        generators = [torch.Generator().manual_seed(int(s)) for s in (seeds if seeds is not None else [0] * len(image))]
+        anomaly_map, reconstruction = self._detect(image * foreground, foreground, generators)
+        anomaly_map = anomaly_map.float() * foreground
+        return Detection(
+            anomaly_map=anomaly_map,
+            reconstruction=reconstruction.float().clamp(0, 1) * foreground,
+            score=self._score(anomaly_map, foreground),
+        )
+
+    @abstractmethod
+    def _detect(
+        self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        """Anomaly map (B, 1, H, W) >= 0 and reconstruction (B, C, H, W); `detect` masks and clamps both."""
+
+    def _score(self, anomaly_map: Tensor, foreground: Tensor) -> Tensor:
+        """Image-level score (B,); default: the mean of the highest 1 % of the foreground's values."""
+        return torch.stack([top_mean(m[f]) for m, f in zip(anomaly_map, foreground, strict=True)])
+
+
+class TrainingObjective(nn.Module):
+    """`forward(images, foreground)` returns a dict of losses; the key `loss` is what is minimised.
+
+    images: (B, C, H, W) in [0, 1];  foreground: (B, 1, H, W) bool, default: any channel > 0.
+    So one module trains under `SupervisedTrainer`, under DDP and in a plain loop alike.
+    """
+
+    @abstractmethod
+    def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]: ...
+
+
+def top_mean(values: Tensor, share: float = 0.01) -> Tensor:
+    """Mean of the highest `share` of the values (at least one value); 0 where there is none.
+
+    The mean over a whole brain hides a small lesion and the maximum follows a single voxel; this is between.
+    """
+    if values.numel() == 0:
+        return values.new_zeros(())
+    return values.flatten().topk(max(1, round(share * values.numel()))).values.mean()
+
+
+def noise_like(reference: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Standard normal noise, one generator per slice, drawn on the CPU so that every device sees the same."""
+    noise = torch.stack([torch.randn(reference.shape[1:], generator=g) for g in generators])
+    return noise.to(reference)

@@ -1,0 +1,21 @@
+"""Metrics of the benchmark, the papers' own protocols, and the baselines that cost nothing."""
+
+from .baselines import MeanHealthyImage, intensity_threshold
+from .detection import DetectionMetrics
+from .histograms import auroc, average_precision, max_dice
+from .protocols import auto_ddpm_max_dice, global_max_dice, mad_ad_max_dice
+from .reconstruction import psnr_outside_lesions, ssim_outside_lesions
+
+__all__ = [
+    "DetectionMetrics",
+    "MeanHealthyImage",
+    "auroc",
+    "auto_ddpm_max_dice",
+    "average_precision",
+    "global_max_dice",
+    "intensity_threshold",
+    "mad_ad_max_dice",
+    "max_dice",
+    "psnr_outside_lesions",
+    "ssim_outside_lesions",
+]

@@ -1,0 +1,168 @@
+"""From the records of the subjects to metrics with bootstrap intervals.
+
+Every metric is a function of weights (B, S), how often each of the S subjects counts: ones give the value, multinomial
+draws give the resamples, so that a value and its interval come from the same lines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .histograms import auroc, average_precision, bin_lower_edge, dice_curve, exact_histograms
+from .subject_record import SubjectRecord
+
+Replicates = dict[str, NDArray[np.float64]]  # metric -> (B,), one value per row of the weights
+_CHUNK = 2**21  # replicates x bins held at once, 16 MB per array
+
+
+class _Statistic(NamedTuple):
+    """Metrics as a function of the weights, and which of the S subjects they rest on."""
+
+    function: Callable[[NDArray[np.float64]], Replicates]
+    subjects: NDArray[np.bool_]
+    n_bins: int = 1
+
+
+def metrics_with_intervals(records: Sequence[SubjectRecord], seed: int, n_bootstrap: int) -> dict[str, Any]:
+    """All metrics as `{"value": ..., "ci95": [low, high]}` and, a plain number, `oracle_threshold`; None if undefined.
+
+    The intervals are the 2.5th and 97.5th percentile over resamples of the subjects with replacement.
+    """
+    n = len(records)
+    resamples = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_bootstrap).astype(float)
+    voxels, oracle_threshold = _voxels(records)
+    statistics = (
+        voxels,
+        _dice_at_threshold(records),
+        _slices(records),
+        _false_positives(records),
+        _mean_over_subjects("psnr", np.array([r.psnr for r in records])),
+        _mean_over_subjects("ssim", np.array([r.ssim for r in records])),
+        _lesion_shares(records),
+    )
+    result: dict[str, Any] = {"oracle_threshold": oracle_threshold}
+    for statistic in statistics:
+        result |= _with_interval(statistic, resamples)
+    return result
+
+
+def _voxels(records: Sequence[SubjectRecord]) -> tuple[_Statistic, float | None]:
+    """Metrics of the pooled voxels, and the threshold of the highest pooled Dice."""
+    lesion = np.array([r.has_lesion for r in records])
+    with_lesion = [r for r in records if r.has_lesion]
+    # the union of the occupied bins; without a lesion one empty bin, so that every metric comes out undefined
+    bins = np.unique(np.concatenate([r.bins for r in with_lesion])) if with_lesion else np.zeros(1, np.int32)
+    pos, neg, dice = np.zeros((3, len(with_lesion), len(bins)))
+    for row, r in enumerate(with_lesion):
+        columns = np.searchsorted(bins, r.bins)
+        pos[row, columns], neg[row, columns] = r.pos, r.neg
+        # a threshold between two occupied bins predicts the same as the next occupied one, nothing above the last
+        dice[row] = np.append(r.dice_sum, 0)[np.searchsorted(r.bins, bins)]
+    n_slices = np.array([r.n_lesion_slices for r in with_lesion], dtype=float)
+
+    def metrics(weights: NDArray[np.float64]) -> Replicates:
+        w = weights[:, lesion]
+        p, n = w @ pos, w @ neg
+        return {
+            "auprc": average_precision(p, n),
+            "auroc": auroc(p, n),
+            "max_dice_pooled": dice_curve(p, n).max(-1),
+            "max_dice_mean": _ratio((w @ dice).max(-1), w @ n_slices),
+        }
+
+    oracle_threshold = None
+    if n_slices.any():
+        best = bins[dice_curve(pos.sum(0), neg.sum(0)).argmax()]
+        # the next smaller float: this bin is predicted, and the rule is map > threshold
+        oracle_threshold = float(np.nextafter(bin_lower_edge(best), np.float32(-1)))
+    return _Statistic(metrics, lesion, len(bins)), oracle_threshold
+
+
+def _slices(records: Sequence[SubjectRecord]) -> _Statistic:
+    """Image-level metrics; one bin per different score, so they are exact."""
+    levels = np.unique(np.concatenate([r.slice_scores for r in records]))
+    pos, neg = np.zeros((2, len(records), len(levels)))
+    for row, r in enumerate(records):
+        columns = np.searchsorted(levels, np.unique(r.slice_scores))
+        pos[row, columns], neg[row, columns] = exact_histograms(r.slice_scores, r.slice_labels)
+
+    def metrics(w: NDArray[np.float64]) -> Replicates:
+        p, n = w @ pos, w @ neg
+        return {"image_auroc": auroc(p, n), "image_auprc": average_precision(p, n)}
+
+    return _Statistic(metrics, np.ones(len(records), dtype=bool), len(levels))
+
+
+def _dice_at_threshold(records: Sequence[SubjectRecord]) -> _Statistic:
+    used = np.array([r.has_lesion and r.at_threshold is not None for r in records])
+    true, predicted = _at_threshold(records)
+    truth = np.array([r.lesion_voxels for r in records], dtype=float)
+
+    def metrics(weights: NDArray[np.float64]) -> Replicates:
+        w = weights * used
+        dice = _ratio(w @ (2 * true), w @ (predicted + truth))
+        return {"dice_at_threshold": np.where(w @ truth > 0, dice, np.nan)}
+
+    return _Statistic(metrics, used)
+
+
+def _false_positives(records: Sequence[SubjectRecord]) -> _Statistic:
+    used = np.array([not r.has_lesion and r.at_threshold is not None for r in records])
+    _, predicted = _at_threshold(records) * used
+    foreground = np.array([r.foreground_voxels for r in records]) * used
+    return _Statistic(lambda w: {"healthy_fp_share": _ratio(w @ predicted, w @ foreground)}, used)
+
+
+def _lesion_shares(records: Sequence[SubjectRecord]) -> _Statistic:
+    lesion = np.array([r.has_lesion for r in records])
+    inside = np.array([r.lesion_voxels for r in records], dtype=float)
+    outside = np.array([r.lesion_voxels_outside for r in records], dtype=float)
+    foreground = np.array([r.foreground_voxels for r in records], dtype=float) * lesion
+
+    def metrics(w: NDArray[np.float64]) -> Replicates:
+        return {
+            "lesion_share": _ratio(w @ inside, w @ foreground),
+            "lesion_share_outside_foreground": _ratio(w @ outside, w @ (inside + outside)),
+        }
+
+    return _Statistic(metrics, lesion)
+
+
+def _mean_over_subjects(name: str, values: NDArray[np.float64]) -> _Statistic:
+    known = np.isfinite(values)
+    return _Statistic(lambda w: {name: _ratio(w[:, known] @ values[known], w[:, known].sum(1))}, known)
+
+
+def _at_threshold(records: Sequence[SubjectRecord]) -> NDArray[np.float64]:
+    """(2, S): true positive and all predicted voxels of each subject; 0 without a threshold."""
+    return np.array([r.at_threshold or (0, 0) for r in records], dtype=float).T
+
+
+def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:
+    """NaN where the denominator is 0: undefined, not zero."""
+    return np.divide(numerator, denominator, out=np.full(np.shape(denominator), np.nan), where=denominator > 0)
+
+
+def _with_interval(statistic: _Statistic, resamples: NDArray[np.float64]) -> dict[str, dict[str, Any]]:
+    values = statistic.function(np.ones((1, resamples.shape[1])))
+    replicates: list[Replicates] = []
+    if statistic.subjects.sum() >= 2:  # one subject says nothing about the spread between subjects
+        step = max(1, _CHUNK // statistic.n_bins)
+        replicates = [statistic.function(resamples[start : start + step]) for start in range(0, len(resamples), step)]
+    return {
+        name: {
+            "value": float(value[0]) if math.isfinite(value[0]) else None,
+            "ci95": _percentiles(np.concatenate([[], *(r[name] for r in replicates)])),
+        }
+        for name, value in values.items()
+    }
+
+
+def _percentiles(replicates: NDArray[np.float64]) -> list[float | None]:
+    defined = replicates[np.isfinite(replicates)]  # a resample may hold no lesion
+    return [float(x) for x in np.percentile(defined, [2.5, 97.5])] if len(defined) else [None, None]

@@ -1,0 +1,181 @@
+"""Evaluation of anomaly maps over a cohort, one subject at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import NdarrayOrTensor
+from monai.utils import convert_to_numpy
+from numpy.typing import NDArray
+
+from .bootstrap import metrics_with_intervals
+from .reconstruction import psnr_outside_lesions, ssim_outside_lesions
+from .subject_record import SubjectRecord, highest_share_means, voxel_histograms
+
+_NO_HISTOGRAMS = np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
+
+
+class DetectionMetrics:
+    """Streaming evaluation: `update` once per subject, `compute` at the end; no voxels of a cohort are kept.
+
+    Voxel metrics pool the foreground voxels of all slices of the subjects that have a lesion; image-level metrics are
+    over the slices with foreground of all subjects. Maps of any scale are binned, 512 bins per octave, which moves
+    AUPRC by less than 0.002 unless the map carries an offset far larger than its spread; Dice at the threshold, false
+    positives and image-level metrics are exact.
+
+    Args:
+        axis: spatial axis along which the slices run; the last one for axial slices of volumes oriented RAS.
+    """
+
+    def __init__(self, axis: int = -1) -> None:
+        self.axis = axis
+        self._records: dict[str, SubjectRecord] = {}
+
+    def update(
+        self,
+        subject: str,
+        anomaly_map: NdarrayOrTensor,
+        lesion: NdarrayOrTensor | None,
+        foreground: NdarrayOrTensor,
+        threshold: float | None = None,
+        slice_scores: NdarrayOrTensor | None = None,
+        image: NdarrayOrTensor | None = None,
+        reconstruction: NdarrayOrTensor | None = None,
+    ) -> None:
+        """Add one subject, on its own grid.
+
+        Args:
+            anomaly_map: (H, W, D) float >= 0, raw; values outside the foreground are ignored.
+            lesion: (H, W, D) bool; None or all False for a healthy subject.
+            foreground: (H, W, D) bool, where anomalies are looked for.
+            threshold: the shipped one; positive where map > threshold. None: metrics that need it are undefined.
+            slice_scores: (D,) the method's own score of every slice along `axis`, of any scale; the default is the
+                mean of the highest 1 % of the slice's foreground voxels. Slices without foreground are ignored.
+            image, reconstruction: ([C,] H, W, D) float in [0, 1], for PSNR and SSIM; both or none.
+
+        Raises:
+            ValueError: a subject twice, shapes that differ, an empty foreground, a map or scores that are not finite,
+                a negative map.
+        """
+        if subject in self._records:
+            raise ValueError(f"{subject}: was added before; call update once per subject")
+        if (image is None) != (reconstruction is None):
+            raise ValueError(f"{subject}: PSNR and SSIM need both image and reconstruction, only one was given")
+        shape = tuple(foreground.shape)
+        inside: NDArray[np.bool_] = self._slices_first(subject, "foreground", foreground, shape) > 0
+        scores = self._slices_first(subject, "anomaly_map", anomaly_map, shape).astype(np.float32, copy=False)
+        _check_map(subject, scores, inside)
+        everywhere: NDArray[np.bool_] = (
+            np.zeros_like(inside) if lesion is None else self._slices_first(subject, "lesion", lesion, shape) > 0
+        )
+        lesions = everywhere & inside
+        has_foreground, has_lesion = np.any(inside, axis=(1, 2)), np.any(lesions, axis=(1, 2))
+        bins, pos, neg, dice_sum = voxel_histograms(scores, lesions, inside) if everywhere.any() else _NO_HISTOGRAMS
+        psnr, ssim = self._fidelity(subject, image, reconstruction, everywhere, inside)
+        self._records[subject] = SubjectRecord(
+            has_lesion=bool(everywhere.any()),
+            lesion_voxels=int(lesions.sum()),
+            lesion_voxels_outside=int(everywhere.sum() - lesions.sum()),
+            foreground_voxels=int(inside.sum()),
+            n_lesion_slices=int(has_lesion.sum()),
+            slice_scores=_slice_scores(subject, slice_scores, scores, inside)[has_foreground],
+            slice_labels=has_lesion[has_foreground],
+            at_threshold=None if threshold is None else _at_threshold(scores > threshold, lesions, inside),
+            bins=bins,
+            pos=pos,
+            neg=neg,
+            dice_sum=dice_sum,
+            psnr=psnr,
+            ssim=ssim,
+        )
+
+    def compute(self, seed: int = 0, n_bootstrap: int = 1000) -> dict[str, Any]:
+        """The result, ready for JSON; None where undefined. Does not depend on the order of the subjects.
+
+        Every metric is `{"value": float, "ci95": [low, high]}`: percentile bootstrap, `n_bootstrap` resamples of the
+        subjects with replacement, drawn from `seed`. Resamples in which the metric is undefined (no lesion drawn) are
+        left out; a metric that rests on fewer than two subjects has no interval.
+
+        auprc, auroc: voxels.
+        max_dice_pooled: ORACLE (the threshold is chosen with the labels), highest Dice of all voxels pooled over all
+            thresholds ("global"); reached by map > `oracle_threshold`, a plain number.
+        max_dice_mean: ORACLE, highest mean Dice of the single lesion slices over all common thresholds.
+        dice_at_threshold: pooled Dice at the shipped threshold, chosen without labels.
+        image_auroc, image_auprc: slices; abnormal = holds lesion voxels.
+        healthy_fp_share: share of the healthy subjects' foreground voxels above the shipped threshold.
+        psnr (dB), ssim: mean over subjects, of the reconstruction in the foreground outside lesions, data range 1.
+        lesion_share: prevalence of lesion voxels, the AUPRC of a map without information.
+        lesion_share_outside_foreground: share of the lesion voxels that the foreground misses; no other metric
+            counts them.
+        n_subjects, n_lesion_subjects, n_lesion_slices: plain integers.
+
+        Raises:
+            ValueError: no subject was added.
+        """
+        if not self._records:
+            raise ValueError("nothing to evaluate: no subject was added")
+        records = [self._records[subject] for subject in sorted(self._records)]
+        return metrics_with_intervals(records, seed, n_bootstrap) | {
+            "n_subjects": len(records),
+            "n_lesion_subjects": sum(r.has_lesion for r in records),
+            "n_lesion_slices": sum(r.n_lesion_slices for r in records),
+        }
+
+    def _slices_first(self, subject: str, name: str, volume: NdarrayOrTensor, shape: tuple[int, ...]) -> NDArray[Any]:
+        if volume.ndim != 3 or tuple(volume.shape) != shape:
+            raise ValueError(
+                f"{subject}: {name} has shape {tuple(volume.shape)}; expected (H, W, D) like the foreground, {shape}"
+            )
+        return np.moveaxis(convert_to_numpy(volume), self.axis % 3, 0)
+
+    def _fidelity(
+        self,
+        subject: str,
+        image: NdarrayOrTensor | None,
+        reconstruction: NdarrayOrTensor | None,
+        lesion: NDArray[np.bool_],
+        foreground: NDArray[np.bool_],
+    ) -> tuple[float, float]:
+        """PSNR and SSIM; NaN without a reconstruction."""
+        if image is None or reconstruction is None:
+            return float("nan"), float("nan")
+        shape = np.moveaxis(foreground, 0, self.axis % 3).shape
+        x, y = (
+            torch.from_numpy(np.stack([self._slices_first(subject, name, c, shape) for c in channels], axis=1)).float()
+            for name, channels in (("image", _channels(image)), ("reconstruction", _channels(reconstruction)))
+        )
+        masks = torch.from_numpy(lesion), torch.from_numpy(foreground)
+        return psnr_outside_lesions(x, y, *masks), ssim_outside_lesions(x, y, *masks)
+
+
+def _channels(volume: NdarrayOrTensor) -> NdarrayOrTensor:
+    return volume if volume.ndim == 4 else volume[None]
+
+
+def _check_map(subject: str, scores: NDArray[np.float32], inside: NDArray[np.bool_]) -> None:
+    if not inside.any():
+        raise ValueError(f"{subject}: the foreground is empty, there is nothing to evaluate")
+    lowest, highest = scores[inside].min(), scores[inside].max()  # NaN if any voxel is
+    if not (lowest >= 0 and np.isfinite(highest)):
+        raise ValueError(f"{subject}: the anomaly map must be finite and >= 0, found {lowest} to {highest}")
+
+
+def _slice_scores(
+    subject: str, given: NdarrayOrTensor | None, scores: NDArray[np.float32], inside: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    if given is None:
+        return highest_share_means(scores, inside)
+    own = convert_to_numpy(given).astype(np.float64)
+    if own.shape != (len(inside),) or not np.isfinite(own[inside.any((1, 2))]).all():
+        raise ValueError(
+            f"{subject}: slice_scores {own.shape} must be one finite number for each of {len(inside)} slices"
+        )
+    return own
+
+
+def _at_threshold(
+    predicted: NDArray[np.bool_], lesions: NDArray[np.bool_], inside: NDArray[np.bool_]
+) -> tuple[int, int]:
+    return int((predicted & lesions).sum()), int((predicted & inside).sum())

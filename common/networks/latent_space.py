@@ -1,0 +1,38 @@
+"""The latent space of the two-stage methods: a frozen autoencoder and the scale of its latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LatentSpace(nn.Module):
+    """A frozen autoencoder and the scale of its latents. Images are in [0, 1] outside and in [-1, 1] inside.
+
+    Args:
+        autoencoder: has `encode(x) -> (mean, std)` and `decode(z)`, as MONAI's `AutoencoderKL`.
+        downsampling: pixels per latent cell, f.
+    """
+
+    scale: Tensor
+
+    def __init__(self, autoencoder: nn.Module, downsampling: int) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder.requires_grad_(False)
+        self.downsampling = downsampling
+        # 1 / std of the training latents: the 0.18215 of the published code is the constant of natural images
+        self.register_buffer("scale", torch.ones(()))
+
+    def posterior(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled mean and standard deviation, each (B, C_z, H / f, W / f)."""
+        mean, std = self.autoencoder.encode(image * 2 - 1)
+        return mean * self.scale, std * self.scale
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latent to image, (B, C, H, W), about [0, 1]."""
+        return (self.autoencoder.decode(z / self.scale) + 1) / 2
+
+    @torch.no_grad()
+    def fit_scale(self, mean: Tensor) -> None:
+        """Set the scale from unscaled posterior means of training images (any shape)."""
+        self.scale.copy_(1 / mean.std())

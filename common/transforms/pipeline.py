@@ -1,0 +1,52 @@
+"""The way of a brain volume to the network, as one MONAI `Compose` that is the same for training and inference."""
+
+from __future__ import annotations
+
+from monai.transforms import (
+    Compose,
+    CopyItemsd,
+    CropForegroundd,
+    DeleteItemsd,
+    EnsureTyped,
+    Orientationd,
+    SpatialPadd,
+)
+
+from .brain import BrainMaskd
+from .check import CheckVolumed, LoadImageCheckedd
+from .intensity import ScaleIntensityByForegroundd
+from .resample import ResampleForegroundd
+
+
+class BrainPreprocessing(Compose):
+    """Load, check, find the brain, RAS, spacing, crop to the brain, scale, pad.
+
+    In: `image`, a file, or an image in memory. Out: `image` (C, H, W, D) float32, brain in (0, 1], else exactly 0, and, on
+    the input's own grid, `input` as it was loaded and `brain` (1, h, w, d) bool. `Invertd` undoes it on a map of the same shape.
+
+    Args:
+        spacing_mm: isotropic spacing of the network's grid.
+        percentile, upper: see `ScaleIntensityByForegroundd`.
+        canvas: H and W are padded to at least this many voxels, the size of the slices in training.
+        channels: modalities.
+    """
+
+    def __init__(
+        self, spacing_mm: float, percentile: float, upper: float, canvas: int, channels: int = 1
+    ) -> None:
+        image, both = "image", ("image", "foreground")
+        super().__init__(
+            [
+                LoadImageCheckedd(image),
+                EnsureTyped(image),
+                CheckVolumed(image, channels),
+                BrainMaskd(image, mask_key="brain"),
+                CopyItemsd(("image", "brain"), names=("input", "foreground")),
+                Orientationd(both, axcodes="RAS", labels=None),
+                ResampleForegroundd(image, "foreground", (spacing_mm,) * 3),
+                CropForegroundd(both, source_key="foreground", allow_smaller=True),
+                ScaleIntensityByForegroundd(image, "foreground", percentile, upper),
+                SpatialPadd(image, (canvas, canvas, -1)),
+                DeleteItemsd("foreground"),
+            ]
+        )

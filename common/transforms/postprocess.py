@@ -1,0 +1,106 @@
+"""From the network's prediction to what is written: map, reconstruction and segmentation on the input's own grid."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from scipy import ndimage
+
+from ..errors import BundleError
+from ..weights import load_weights
+from .check import voxel_volume_ml
+
+
+class SplitPredictiond(MapTransform):
+    """Split `pred` (1 + C, H, W, D) into `anomaly_map` and `reconstruction`, 0 outside the brain.
+
+    The reconstruction returns to the image's own units (`meta["intensity_unit"]`); the map stays raw. `pred` becomes
+    the map.
+
+    Args:
+        keys: the prediction, already inverted to the input's grid.
+        image_key: the preprocessed image, for its intensity unit.
+        mask_key: brain mask on the input's grid.
+    """
+
+    def __init__(self, keys: KeysCollection = "pred", image_key: str = "image", mask_key: str = "brain") -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+        self.mask_key = mask_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the two new keys."""
+        result = dict(data)
+        brain = result[self.mask_key].as_tensor().bool()
+        pred = result[self.keys[0]]
+        values = pred.as_tensor() * brain.to(pred.device)
+        unit = values.new_tensor(np.asarray(result[self.image_key].meta["intensity_unit"], dtype=float).ravel())
+        affine = result[self.mask_key].affine
+        result["anomaly_map"] = MetaTensor(values[:1].clamp(min=0), affine=affine)
+        result["reconstruction"] = MetaTensor(values[1:] * unit.view(-1, 1, 1, 1), affine=affine)
+        result[self.keys[0]] = result["anomaly_map"]
+        return result
+
+
+class SegmentAnomaliesd(MapTransform):
+    """Add `segmentation`: what exceeds the `threshold`, which is added too; uint8, small components removed.
+
+    Args:
+        keys: the map; the segmentation replaces it (viewers ask for integers), unless `save_map`.
+        weights: the bundle's weights; the threshold calibrated on healthy subjects is read from them at first use.
+        threshold: a value of the map instead of the calibrated one.
+        min_volume_ml: connected components below this volume are removed; 0.02 ml is 2 voxels of 2 mm.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "pred",
+        weights: str | Path | None = None,
+        threshold: float | None = None,
+        min_volume_ml: float = 0.02,
+        save_map: bool = False,
+    ) -> None:
+        super().__init__(keys)
+        if weights is None and threshold is None:
+            raise ValueError("give the weights, for the calibrated threshold, or a threshold")
+        self.weights = weights
+        self.threshold = threshold
+        self.min_volume_ml = min_volume_ml
+        self.save_map = save_map
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the segmentation. Raises BundleError where the weights are not calibrated."""
+        result = dict(data)
+        if self.threshold is None:
+            self.threshold = calibrated_threshold(self.weights)
+        for key in self.key_iterator(result):
+            anomaly_map = result[key]
+            voxel_ml = voxel_volume_ml(anomaly_map)
+            mask = segment(anomaly_map[0].cpu().numpy(), self.threshold, self.min_volume_ml / voxel_ml)
+            segmentation = MetaTensor(torch.from_numpy(mask)[None], affine=anomaly_map.affine)
+            result["segmentation"], result["threshold"] = segmentation, self.threshold
+            result[key] = anomaly_map if self.save_map else segmentation
+        return result
+
+
+def segment(anomaly_map: np.ndarray, threshold: float, min_voxels: float) -> np.ndarray:
+    """(H, W, D) -> uint8 {0, 1}: voxels above the threshold in 26-connected components of at least `min_voxels`."""
+    labels, _ = ndimage.label(anomaly_map > threshold, structure=np.ones((3, 3, 3)))
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return (sizes >= max(min_voxels, 1))[labels].astype(np.uint8)
+
+
+def calibrated_threshold(weights: str | Path | None) -> float:
+    """The threshold in a bundle's weights. Raises BundleError where it was not fitted."""
+    threshold = float(load_weights(weights)["calibration.threshold"])
+    if np.isnan(threshold):
+        raise BundleError(weights, "the weights are not calibrated", "run the bundle's calibrate.json, or give a threshold")
+    return threshold

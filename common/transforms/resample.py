@@ -1,0 +1,57 @@
+"""Resampling a skull-stripped image without dark rims, aliasing or loss of the exact background."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import GaussianSmooth, InvertibleTransform, MapTransform, Spacing
+
+
+class ResampleForegroundd(MapTransform, InvertibleTransform):
+    """Bring an image and its foreground to a spacing; the inverse brings the image (or a map) back, linearly.
+
+    Before downsampling both are smoothed (sigma of half the excess of the factor, as scikit-image does), and the image
+    is divided by the resampled foreground, so that the rim is not mixed with the background's zeros. A voxel is
+    foreground where at least half of it is.
+
+    Args:
+        keys: images (C, H, W, D).
+        foreground_key: their foreground (1, H, W, D), resampled along with them.
+        spacing_mm: target spacing of the three axes.
+    """
+
+    def __init__(self, keys: KeysCollection, foreground_key: str, spacing_mm: Sequence[float]) -> None:
+        super().__init__(keys)
+        self.foreground_key = foreground_key
+        self.spacing_mm = tuple(spacing_mm)
+        self.spacing = Spacing(pixdim=self.spacing_mm, mode="bilinear", padding_mode="zeros")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with image and foreground on the new grid; the background is exactly 0."""
+        result = dict(data)
+        foreground = result[self.foreground_key].to(torch.float32)
+        weight = self._resample(foreground)
+        inside = weight.as_tensor() >= 0.5
+        for key in self.key_iterator(result):
+            image = self._resample(result[key].to(torch.float32) * foreground.as_tensor())
+            result[key] = image / weight.as_tensor().clamp(min=0.5) * inside
+        result[self.foreground_key] = MetaTensor(inside, affine=weight.affine)
+        return result
+
+    def _resample(self, image: MetaTensor) -> MetaTensor:
+        factor = np.asarray(self.spacing_mm) / np.asarray(image.pixdim)
+        if (factor > 1.01).any():
+            image = GaussianSmooth(sigma=np.clip((factor - 1) / 2, 1e-3, None).tolist())(image)
+        return self.spacing(image)
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Bring the keys back to their grid before the transform."""
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self.spacing.inverse(result[key])
+        return result

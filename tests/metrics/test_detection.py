@@ -1,0 +1,349 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+from common.metrics import DetectionMetrics, auroc, average_precision, max_dice
+from common.metrics.histograms import bin_index, bin_lower_edge, exact_histograms
+
+VOXEL_METRICS = ("auprc", "auroc", "max_dice_pooled", "max_dice_mean", "dice_at_threshold", "lesion_share")
+
+
+def subject(seed, shape=(24, 20, 6), lesion=True, scale=1.0):
+    """A noisy map that is higher in a box-shaped lesion; the foreground leaves out the border and the last slice."""
+    rng = np.random.default_rng(seed)
+    foreground = np.zeros(shape, dtype=bool)
+    foreground[2:-2, 2:-2, :-1] = True
+    lesions = np.zeros(shape, dtype=bool)
+    if lesion:
+        x, y = rng.integers(3, 10, size=2)
+        lesions[x : x + 4 + seed % 3, y : y + 6, 1:4] = True
+    scores = scale * rng.gamma(2.0, 0.05, shape) * np.where(lesions, rng.uniform(1.5, 4), 1)
+    return {"anomaly_map": scores.astype(np.float32), "lesion": lesions, "foreground": foreground}
+
+
+def evaluate(subjects, threshold=0.2, axis=-1, seed=0, n_bootstrap=200):
+    metrics = DetectionMetrics(axis)
+    for name, volumes in subjects.items():
+        metrics.update(name, threshold=threshold, **volumes)
+    return metrics.compute(seed=seed, n_bootstrap=n_bootstrap)
+
+
+def cohort(n_lesion=4, n_healthy=3, **kwargs):
+    return {f"s{i}": subject(i, lesion=i < n_lesion, **kwargs) for i in range(n_lesion + n_healthy)}
+
+
+def pooled(subjects):
+    """Foreground voxels of the subjects with a lesion."""
+    chosen = [s for s in subjects.values() if s["lesion"].any()]
+    scores = np.concatenate([s["anomaly_map"][s["foreground"]] for s in chosen])
+    return scores, np.concatenate([s["lesion"][s["foreground"]] for s in chosen])
+
+
+def dice(predicted, lesions):
+    return 2 * (predicted & lesions).sum() / (predicted.sum() + lesions.sum())
+
+
+def exact(scores, labels):
+    """AUPRC and AUROC by torchmetrics; scores in [0, 1], because it passes others through a sigmoid."""
+    scaled = torch.from_numpy(np.asarray(scores, dtype=np.float64) / max(float(np.max(scores)), 1e-30))
+    target = torch.from_numpy(np.asarray(labels)).long()
+    return float(binary_average_precision(scaled, target)), float(binary_auroc(scaled, target))
+
+
+# ---- the pure functions on histograms
+
+
+@pytest.mark.parametrize("levels", [2, 7, 100_000])
+def test_curves_equal_torchmetrics_with_and_without_ties(levels):
+    rng = np.random.default_rng(levels)
+    labels = rng.random(2000) < 0.1
+    scores = np.floor((rng.random(2000) + 0.3 * labels) * levels) / levels / 2
+    pos, neg = exact_histograms(scores, labels)
+    expected = exact(scores, labels)
+    assert average_precision(pos, neg) == pytest.approx(expected[0], abs=1e-6)
+    assert auroc(pos, neg) == pytest.approx(expected[1], abs=1e-6)
+    assert max_dice(pos, neg) == pytest.approx(max(dice(scores >= t, labels) for t in np.unique(scores)))
+
+
+def test_curves_are_undefined_without_positives_or_negatives():
+    some, none = np.array([1.0, 2.0]), np.zeros(2)
+    assert np.isnan([average_precision(none, some), auroc(none, some), auroc(some, none), max_dice(none, some)]).all()
+    assert average_precision(some, none) == 1
+
+
+def test_curves_work_on_stacks_of_weighted_histograms():
+    rng = np.random.default_rng(0)
+    pos, neg = rng.random((2, 3, 4, 9))
+    for function in (average_precision, auroc, max_dice):
+        stacked = function(pos, neg)
+        assert stacked.shape == (3, 4)
+        assert stacked[1, 2] == pytest.approx(function(pos[1, 2], neg[1, 2]))
+
+
+def test_bins_are_narrow_at_every_scale_and_keep_the_order():
+    values = np.sort(np.concatenate([[0.0, -0.0], np.geomspace(1e-37, 1e37, 100_000)]).astype(np.float32))
+    bins = bin_index(values)
+    assert (np.diff(bins) >= 0).all()
+    assert (bins[:2] == 0).all()
+    edges = bin_lower_edge(bins)
+    assert (edges <= values).all()
+    assert (values - edges <= values / 512).all()
+
+
+# ---- values against the exact ones
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e4])
+def test_pooled_metrics_equal_exact_values_at_any_scale(scale):
+    subjects = cohort(scale=scale)
+    result = evaluate(subjects, threshold=0.2 * scale)
+    scores, labels = pooled(subjects)
+    auprc, roc = exact(scores, labels)
+    assert result["auprc"]["value"] == pytest.approx(auprc, abs=0.002)
+    assert result["auroc"]["value"] == pytest.approx(roc, abs=0.002)
+    best = max(dice(scores >= t, labels) for t in np.unique(scores)[::20])
+    assert result["max_dice_pooled"]["value"] == pytest.approx(best, abs=0.005)
+    assert result["dice_at_threshold"]["value"] == pytest.approx(dice(scores > np.float32(0.2 * scale), labels))
+    assert result["lesion_share"]["value"] == pytest.approx(labels.mean())
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.9, 1.0), (1e-4, 1e-3), (10.0, 30.0)])
+def test_binning_moves_auprc_by_less_than_two_thousandths(low, high):
+    rng = np.random.default_rng(1)
+    labels = rng.random((100, 100, 10)) < 0.02
+    scores = (low + (high - low) * rng.beta(np.where(labels, 5, 2), 5)).astype(np.float32)
+    result = evaluate({"s": {"anomaly_map": scores, "lesion": labels, "foreground": np.ones_like(labels)}})
+    assert result["auprc"]["value"] == pytest.approx(exact(scores.ravel(), labels.ravel())[0], abs=0.002)
+
+
+def test_max_dice_mean_is_the_mean_over_lesion_slices_at_one_threshold():
+    subjects = cohort()
+    slices = [
+        (s["anomaly_map"][..., i][s["foreground"][..., i]], s["lesion"][..., i][s["foreground"][..., i]])
+        for s in subjects.values()
+        for i in range(6)
+        if s["lesion"][..., i].any()
+    ]
+    thresholds = np.unique(np.concatenate([scores for scores, _ in slices]))[::10]
+    best = max(np.mean([dice(scores >= t, labels) for scores, labels in slices]) for t in thresholds)
+    result = evaluate(subjects)
+    assert result["max_dice_mean"]["value"] == pytest.approx(best, abs=0.005)
+    assert result["n_lesion_slices"] == len(slices) == 12
+
+
+def test_oracle_threshold_gives_the_maximal_pooled_dice():
+    subjects = cohort()
+    result = evaluate(subjects)
+    scores, labels = pooled(subjects)
+    assert dice(scores > result["oracle_threshold"], labels) == pytest.approx(result["max_dice_pooled"]["value"])
+
+
+def test_image_metrics_equal_torchmetrics_over_slices_of_all_subjects():
+    subjects = cohort()
+    scores, labels = [], []
+    for s in subjects.values():
+        for i in range(5):  # the last slice has no foreground
+            values = np.sort(s["anomaly_map"][..., i][s["foreground"][..., i]])
+            scores.append(values[-int(np.ceil(0.01 * len(values))) :].mean())
+            labels.append(s["lesion"][..., i].any())
+    auprc, roc = exact(scores, labels)
+    result = evaluate(subjects)
+    assert result["image_auprc"]["value"] == pytest.approx(auprc, abs=1e-6)
+    assert result["image_auroc"]["value"] == pytest.approx(roc, abs=1e-6)
+
+
+def test_own_slice_scores_are_ranked_whatever_their_scale():
+    volumes = subject(0)
+    own = np.array([-50.0, 30.0, 40.0, 50.0, 20.0, np.nan])  # lesion in slices 1 to 3, no foreground in slice 5
+    result = evaluate({"s": volumes | {"slice_scores": own}})
+    assert result["image_auroc"]["value"] == 1
+    result = evaluate({"s": volumes | {"slice_scores": -own}})
+    assert result["image_auroc"]["value"] == 0
+
+
+def test_false_positives_are_counted_on_healthy_subjects_only():
+    subjects = cohort()
+    healthy = [s for s in subjects.values() if not s["lesion"].any()]
+    values = np.concatenate([s["anomaly_map"][s["foreground"]] for s in healthy])
+    assert evaluate(subjects)["healthy_fp_share"]["value"] == pytest.approx((values > np.float32(0.2)).mean())
+
+
+def test_reconstruction_counts_in_the_foreground_outside_lesions_only():
+    volumes = subject(0, shape=(40, 40, 6))
+    rng = np.random.default_rng(0)
+    image = (rng.random((2, 40, 40, 6)) * volumes["foreground"]).astype(np.float32)
+    reconstruction = np.where(volumes["lesion"] | ~volumes["foreground"], 1, image + 0.1).astype(np.float32)
+    reconstruction[:, ~volumes["foreground"]] = 0
+    result = evaluate({"s": volumes | {"image": image, "reconstruction": reconstruction}})
+    assert result["psnr"]["value"] == pytest.approx(20, abs=1e-3)  # an error of 0.1 everywhere
+    assert 0.5 < result["ssim"]["value"] < 1
+    same = np.where(volumes["lesion"], 1, image)
+    result = evaluate({"s": volumes | {"image": image, "reconstruction": same}})
+    assert result["psnr"]["value"] is None  # no error, no finite PSNR
+    assert result["ssim"]["value"] == pytest.approx(1)
+
+
+def test_slices_run_along_the_chosen_axis():
+    volumes = subject(0, shape=(40, 30, 6)) | {"slice_scores": np.arange(6)}
+    image = np.random.default_rng(0).random((2, 40, 30, 6)).astype(np.float32)
+    pair = {"image": image, "reconstruction": image**2}
+    expected = evaluate({"s": volumes | pair})
+    turned = {name: np.moveaxis(v, -1, 0) for name, v in volumes.items()}
+    pair = {name: np.moveaxis(v, -1, 1) for name, v in pair.items()}
+    assert evaluate({"s": turned | pair}, axis=0) == expected
+
+
+def test_tensors_and_arrays_give_the_same():
+    volumes = subject(0)
+    tensors = {name: MetaTensor(torch.from_numpy(v)) for name, v in volumes.items()}
+    assert evaluate({"s": tensors}) == evaluate({"s": volumes})
+
+
+# ---- maps and cohorts at the edge
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_constant_map_knows_nothing(value):
+    subjects = cohort()
+    for s in subjects.values():
+        s["anomaly_map"] = np.full_like(s["anomaly_map"], value)
+    result = evaluate(subjects)
+    prevalence = result["lesion_share"]["value"]
+    assert result["auprc"]["value"] == pytest.approx(prevalence)
+    assert result["auroc"]["value"] == pytest.approx(0.5)
+    assert result["image_auroc"]["value"] == pytest.approx(0.5)
+    assert result["max_dice_pooled"]["value"] == pytest.approx(2 * prevalence / (1 + prevalence))
+    assert result["healthy_fp_share"]["value"] == (1 if value else 0)
+    assert result["oracle_threshold"] < value or value == 0
+
+
+def test_healthy_cohort_has_no_lesion_metrics():
+    subjects = cohort(n_lesion=0)
+    subjects["none"] = subject(9, lesion=False) | {"lesion": None}
+    result = evaluate(subjects)
+    for name in (*VOXEL_METRICS, "image_auroc", "image_auprc", "psnr", "ssim", "lesion_share_outside_foreground"):
+        assert result[name] == {"value": None, "ci95": [None, None]}, name
+    assert result["oracle_threshold"] is None
+    assert 0 < result["healthy_fp_share"]["value"] < 1
+    assert (result["n_subjects"], result["n_lesion_subjects"], result["n_lesion_slices"]) == (4, 0, 0)
+    json.dumps(result, allow_nan=False)
+
+
+def test_one_subject_has_values_but_no_intervals():
+    result = evaluate({"s": subject(0)})
+    for name in (*VOXEL_METRICS, "image_auroc"):
+        assert result[name]["value"] is not None
+        assert result[name]["ci95"] == [None, None]
+    assert result["healthy_fp_share"]["value"] is None
+    json.dumps(result, allow_nan=False)
+
+
+def test_without_a_threshold_only_what_needs_it_is_undefined():
+    result = evaluate(cohort(), threshold=None)
+    assert result["dice_at_threshold"]["value"] is None
+    assert result["healthy_fp_share"]["value"] is None
+    assert result["auprc"]["value"] is not None
+
+
+def test_lesion_outside_the_foreground_is_reported_and_not_counted():
+    volumes = subject(0)
+    outside = volumes["lesion"].copy()
+    outside[0, :10, 0] = True
+    result = evaluate({"s": volumes | {"lesion": outside}})
+    missed = result.pop("lesion_share_outside_foreground")["value"]
+    assert missed == pytest.approx(10 / outside.sum())
+    expected = evaluate({"s": volumes})
+    assert expected.pop("lesion_share_outside_foreground")["value"] == 0
+    assert result == expected
+
+    nothing_inside = np.zeros_like(outside)
+    nothing_inside[0, 0, 0] = True
+    result = evaluate({"s": volumes | {"lesion": nothing_inside}})
+    assert result["auprc"]["value"] is None
+    assert result["healthy_fp_share"]["value"] is None  # not a healthy subject either
+
+
+# ---- streaming and bootstrap
+
+
+def test_order_of_the_subjects_does_not_matter():
+    subjects = cohort()
+    assert evaluate(subjects) == evaluate(dict(reversed(subjects.items())))
+
+
+def test_streaming_equals_all_voxels_at_once():
+    subjects = cohort(n_healthy=0)
+    together = {k: np.concatenate([s[k] for s in subjects.values()], axis=-1) for k in subjects["s0"]}
+    streamed, at_once = evaluate(subjects), evaluate({"all": together})
+    for name in (*VOXEL_METRICS, "image_auroc", "image_auprc"):
+        assert streamed[name]["value"] == pytest.approx(at_once[name]["value"], abs=1e-9), name
+
+
+def test_state_does_not_grow_with_the_volume():
+    def state(size):
+        metrics = DetectionMetrics()
+        metrics.update("s", **subject(0, shape=(size, size, 6)))
+        return len(pickle.dumps(metrics))
+
+    levels = 512 * 12  # bins in which nearly all values of the map lie
+    assert state(256) < 30 * levels
+    assert state(512) < 1.2 * state(256)
+
+
+def test_bootstrap_interval_holds_the_value_and_follows_the_seed():
+    subjects = cohort(n_lesion=6, n_healthy=4)
+    result, again, other = (evaluate(subjects, seed=seed) for seed in (0, 0, 1))
+    assert result == again
+    for name in (*VOXEL_METRICS, "image_auroc", "image_auprc", "healthy_fp_share"):
+        low, high = result[name]["ci95"]
+        assert low <= result[name]["value"] <= high, name
+        assert low < high, name
+        assert result[name]["value"] == other[name]["value"]
+        assert result[name]["ci95"] != other[name]["ci95"], name
+
+
+def test_bootstrap_weights_equal_repeated_subjects():
+    subjects = cohort(n_lesion=2, n_healthy=1)
+    metrics = DetectionMetrics()
+    for name, volumes in subjects.items():
+        metrics.update(name, threshold=0.2, **volumes)
+    low, high = metrics.compute(n_bootstrap=2000)["auprc"]["ci95"]
+    # three subjects: the resamples hold only the first, only the second or a mixture
+    alone = [evaluate({n: subjects[n]})["auprc"]["value"] for n in ("s0", "s1")]
+    assert [low, high] == pytest.approx(sorted(alone))
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"anomaly_map": np.zeros((3, 3, 3))}, "anomaly_map has shape"),
+        ({"lesion": np.zeros((24, 20), dtype=bool)}, "lesion has shape"),
+        ({"foreground": np.zeros((24, 20, 6), dtype=bool)}, "foreground is empty"),
+        ({"anomaly_map": np.full((24, 20, 6), np.nan)}, "finite"),
+        ({"anomaly_map": np.full((24, 20, 6), -0.1)}, ">= 0"),
+        ({"slice_scores": np.zeros(5)}, "slice_scores"),
+        ({"slice_scores": np.full(6, np.nan)}, "slice_scores"),
+        ({"image": np.zeros((24, 20, 6))}, "both image and reconstruction"),
+        ({"image": np.zeros((24, 20, 5)), "reconstruction": np.zeros((24, 20, 6))}, "image has shape"),
+    ],
+)
+def test_bad_input_is_refused_with_the_subject_named(change, message):
+    with pytest.raises(ValueError, match=rf"^case7: .*{message}"):
+        DetectionMetrics().update("case7", **(subject(0) | change))
+
+
+def test_a_subject_twice_and_no_subject_are_refused():
+    metrics = DetectionMetrics()
+    with pytest.raises(ValueError, match="no subject"):
+        metrics.compute()
+    metrics.update("s", **subject(0))
+    with pytest.raises(ValueError, match="s: was added before"):
+        metrics.update("s", **subject(0))

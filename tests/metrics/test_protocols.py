@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.metrics import auroc, auto_ddpm_max_dice, average_precision, global_max_dice, mad_ad_max_dice
+from common.metrics.histograms import exact_histograms
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def test_mad_ad_protocols_match_the_reference_program():
+    golden = np.load(GOLDEN / "mad_ad" / "anomaly_map.npz")
+    maps, masks = golden["maps"], golden["gt"]
+    assert mad_ad_max_dice(maps, masks) == pytest.approx(golden["max_dice_mean_over_slices_201_thresholds"], abs=1e-9)
+    assert global_max_dice(maps, masks) == pytest.approx(golden["global_max_dice_pr_curve"], abs=1e-9)
+    histograms = exact_histograms(maps.ravel(), masks.ravel())
+    assert average_precision(*histograms) == pytest.approx(golden["average_precision"], abs=1e-9)
+    assert auroc(*histograms) == pytest.approx(golden["auroc"], abs=1e-9)
+
+
+def test_auto_ddpm_protocol_matches_the_reference_program():
+    golden = np.load(GOLDEN / "auto_ddpm" / "metrics.npz")
+    maps, masks = golden["pred"], golden["label"]
+    assert auto_ddpm_max_dice(maps, masks) == pytest.approx(golden["global_max_dice"], abs=1e-6)
+    assert global_max_dice(maps, masks) == pytest.approx(golden["exact_global_max_dice_all_cuts"], abs=1e-9)
+    histograms = exact_histograms(maps.ravel(), masks.ravel())
+    assert average_precision(*histograms) == pytest.approx(golden["average_precision_sklearn"], abs=1e-9)
+
+
+def test_mad_ad_image_without_lesion_counts_only_when_nothing_is_predicted():
+    maps, masks = np.zeros((2, 4, 4)), np.zeros((2, 4, 4), dtype=bool)
+    maps[0, 0, 0], masks[0, 0, 0], maps[1, 0, 0] = 0.9, True, 0.5
+    assert mad_ad_max_dice(maps, masks) == pytest.approx(1, abs=1e-6)  # thresholds between 0.5 and 0.9
+    maps[1, 0, 0] = 0.95
+    assert mad_ad_max_dice(maps, masks) == pytest.approx(0.5, abs=1e-6)
+
+
+def test_global_max_dice_takes_any_scale_and_is_undefined_without_a_lesion():
+    rng = np.random.default_rng(0)
+    maps, masks = rng.random((2, 8, 8)), rng.random((2, 8, 8)) < 0.2
+    assert global_max_dice(1e3 * maps, masks) == pytest.approx(global_max_dice(maps, masks))
+    assert np.isnan(global_max_dice(maps, np.zeros_like(masks)))
+
+
+@pytest.mark.parametrize("protocol", [mad_ad_max_dice, auto_ddpm_max_dice, global_max_dice])
+def test_shapes_that_differ_are_refused(protocol):
+    with pytest.raises(ValueError, match="same shape"):
+        protocol(np.zeros((2, 4, 4)), np.zeros((2, 4, 5)))
