@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
-from monai.utils import progress_bar
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from ..networks.latent_space import LatentSpace
 
@@ -23,7 +24,7 @@ class SliceDataset(Dataset):
         transform: brings an item of it to `image` (C, H, W, D), all of one H and W.
         axis: spatial axis along which slices are taken.
         min_foreground: slices with fewer foreground pixels are left out; the tip of a brain teaches little.
-        flip: also the left-right mirrored slices (axis 0 of an axial slice in RAS).
+        augmentation: MONAI dictionary transform of an item, drawn anew each time.
     """
 
     def __init__(
@@ -32,25 +33,23 @@ class SliceDataset(Dataset):
         transform: Callable[[dict[str, Any]], dict[str, Any]],
         axis: int = 2,
         min_foreground: int = 1,
-        flip: bool = False,
+        augmentation: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ) -> None:
         volumes = []
-        for index, item in enumerate(data):
+        for item in tqdm(data, desc="prepare"):
             slices = transform(item)["image"].as_tensor().movedim(axis + 1, 0)
             enough = (slices > 0).any(dim=1).flatten(1).sum(dim=1) >= min_foreground
             volumes.append(slices[enough].half())
-            progress_bar(index + 1, len(data), "prepare")
         self.images = torch.cat(volumes)
-        self.flip = flip
+        self.augmentation = augmentation
 
     def __len__(self) -> int:
-        return len(self.images) * (2 if self.flip else 1)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        flipped, index = divmod(index, len(self.images))
         image = self.images[index].float()
-        image = image.flip(1) if flipped else image
-        return {"image": image, "foreground": (image > 0).any(dim=0, keepdim=True)}
+        item = {"image": image, "foreground": (image > 0).any(dim=0, keepdim=True)}
+        return item if self.augmentation is None else self.augmentation(item)
 
 
 class LatentDataset(Dataset):
@@ -59,14 +58,15 @@ class LatentDataset(Dataset):
     Args:
         slices: dataset with `image` and `foreground`.
         latent_space: the frozen autoencoder with its scale.
+        copies: how often each slice is encoded, each time with its own augmentation.
         batch_size: slices encoded at a time.
     """
 
-    def __init__(self, slices: Dataset, latent_space: LatentSpace, batch_size: int = 64) -> None:
+    def __init__(self, slices: Dataset, latent_space: LatentSpace, copies: int = 1, batch_size: int = 64) -> None:
         device = next(latent_space.parameters()).device
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         with torch.no_grad():
-            for batch in DataLoader(slices, batch_size):
+            for batch in chain.from_iterable(DataLoader(slices, batch_size) for _ in range(copies)):
                 mean, std = latent_space.posterior(batch["image"].to(device))
                 parts.append((mean.half().cpu(), std.half().cpu(), batch["foreground"]))
         self.mean, self.std, self.foreground = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -47,6 +47,7 @@ CSF_SHARE = 0.4  # of the bright level (p98, white matter): on T1 CSF is at 0.1 
 # Percentiles of the local mean intensity between which blobs are put: not into ventricles (dark on T1, bright on T2),
 # where they would not show.
 BLOB_PERCENTILES = (20, 95)
+MIN_CHANGE = 0.1  # share of the 98th percentile by which a blob must change a voxel to be counted as lesion
 IRREGULARITY = 0.15  # standard deviation of the logarithm of a blob's radius over directions
 # Places tried for a `texture` or a `deformation`; the one that shows best is taken, since white matter swapped with or
 # moved within white matter would be a label without a lesion.
@@ -67,8 +68,9 @@ class InsertLesions(Transform):
         radius_mm: smallest and largest radius, by default `RADIUS_MM` of the kind.
         hypo: range of the factor by which a hypo-intense lesion multiplies tissue. On T1 0.65 takes white matter to
             grey matter, 0.35 to CSF. One draw per blob, and one per `atlas` mask.
-        hyper: range of a factor f: a hyper-intense lesion adds (f - 1) x the 98th percentile of the brain, nothing is
-            clipped. (Multiplied, grey matter would only come to look like white matter.)
+        hyper: range of the factor by which a hyper-intense lesion multiplies tissue.
+        hyper_limit: highest intensity that a hyper-intense lesion reaches, as a multiple of the brain's 98th
+            percentile. At 1 it looks like healthy white matter in the wrong place, so no threshold finds it.
         hyper_share: probability that a blob is hyper-intense.
         border_mm: width over which a lesion fades in, half of it on each side of the mask's surface.
         displacement: range of the largest displacement in a `deformation`, as a share of its radius.
@@ -90,6 +92,7 @@ class InsertLesions(Transform):
         radius_mm: tuple[float, float] | None = None,
         hypo: tuple[float, float] = (0.35, 0.65),
         hyper: tuple[float, float] = (1.3, 1.6),
+        hyper_limit: float = 1.0,
         hyper_share: float = 0.5,
         border_mm: float = 2.0,
         displacement: tuple[float, float] = (0.25, 0.3),
@@ -108,6 +111,7 @@ class InsertLesions(Transform):
         self.kind, self.seed = kind, seed
         self.count, self.radius_mm = count or COUNT[kind], radius_mm or RADIUS_MM[kind]
         self.hypo, self.hyper, self.hyper_share, self.border_mm = hypo, hyper, hyper_share, border_mm
+        self.hyper_limit = hyper_limit
         self.displacement, self.mask_mm, self.mni_to_subject = displacement, mask_mm, mni_to_subject
 
     def __call__(  # type: ignore[override]
@@ -165,16 +169,19 @@ class InsertLesions(Transform):
 
     def _blob(self, site: _Site, radius_mm: float, rng: RandomState) -> None:
         low, high = np.percentile(site.local[site.free], BLOB_PERCENTILES)
-        visible = (site.local >= low) & (site.local <= high)
+        hyper = rng.uniform() < self.hyper_share
+        room = self.hyper_limit * site.bright  # hyper-intense lesions go where there is room below the limit
+        visible = (site.local >= low) & (site.local <= (min(high, room[0] / self.hyper[0]) if hyper else high))
         centre = site.draw(site.depth_mm() * visible, radius_mm, rng)
         box, offset = site.around(centre, 2 * radius_mm + self.border_mm)
         weight = _fade(_irregular_depth(offset, radius_mm, rng), self.border_mm) * site.free[box]
         tissue = site.volume[(slice(None), *box)]
-        if rng.uniform() < self.hyper_share:
-            change = (rng.uniform(*self.hyper) - 1) * site.bright
+        if hyper:
+            change = np.clip(tissue * rng.uniform(*self.hyper), tissue, np.maximum(tissue, room)) - tissue
         else:
             change = (rng.uniform(*self.hypo) - 1) * tissue
-        site.write(box, tissue + weight * change, touched=weight > 0, lesion=weight >= 0.5)
+        seen = (np.abs(change) >= MIN_CHANGE * site.bright).any(axis=0)  # what was bright before is not a lesion
+        site.write(box, tissue + weight * change, touched=weight > 0, lesion=(weight >= 0.5) & seen)
 
     def _texture(self, site: _Site, radius_mm: float, rng: RandomState) -> None:
         reach = radius_mm + self.border_mm / 2
