@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
+from ..distributed import is_main_process
 from ..networks.latent_space import LatentSpace
 from ..networks.volume import VolumeDetector
 from ..weights import load_weights, save_weights
@@ -109,7 +110,9 @@ class SaveWeights:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:  # noqa: ARG002
-        """Write the file."""
+        """Write the file, from one process only."""
+        if not is_main_process():
+            return
         state = self.network.state_dict()
         averaged = self.average.module.detector.state_dict()
         state.update({f"detector.{name}": value for name, value in averaged.items()})
@@ -137,7 +140,9 @@ class SaveAutoencoder:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:  # noqa: ARG002
-        """Fit the scale and write the file."""
+        """Fit the scale and write the file, from one process only."""
+        if not is_main_process():
+            return
         space = self.latent_space
         space.autoencoder.load_state_dict(self.average.module.autoencoder.state_dict())
         device = space.scale.device
@@ -161,4 +166,5 @@ class EpochProgress(ProgressBar):
 
     def attach(self, engine: Engine) -> None:  # type: ignore[override]
         """Add the bar to a trainer."""
-        super().attach(engine, output_transform=lambda output: {"loss": float(output["loss"])})
+        if is_main_process():
+            super().attach(engine, output_transform=lambda output: {"loss": float(output["loss"])})

@@ -6,6 +6,7 @@ from that is the anomaly. One network, one stage, one pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -55,7 +56,8 @@ class DAEObjective(TrainingObjective):
 
     Args:
         detector: the `DAE` whose network is trained.
-        noise_resolution: cells of noise along a side before upsampling; 16 at 128 px, the paper's main sensitivity.
+        noise_resolutions: cells of noise along a side before upsampling, one is drawn per batch. The paper has 16 at
+            128 px and finds it its main sensitivity: lesions of the size of a cell are removed best.
         noise_std: standard deviation before upsampling (bilinear upsampling lowers it to about two thirds).
         loss: "l2" as published, "l1" is less blurred.
     """
@@ -63,19 +65,20 @@ class DAEObjective(TrainingObjective):
     def __init__(
         self,
         detector: DAE,
-        noise_resolution: int = 16,
+        noise_resolutions: Sequence[int] = (16,),
         noise_std: float = 0.2,
         loss: Literal["l1", "l2"] = "l2",
     ) -> None:
         super().__init__()
         self.detector = detector
-        self.noise_resolution = noise_resolution
+        self.noise_resolutions = noise_resolutions
         self.noise_std = noise_std
         self.loss = F.l1_loss if loss == "l1" else F.mse_loss
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
         foreground = (images > 0).any(dim=1, keepdim=True) if foreground is None else foreground
-        noise = torch.randn(*images.shape[:2], *[self.noise_resolution] * 2, device=images.device) * self.noise_std
+        side = self.noise_resolutions[int(torch.randint(len(self.noise_resolutions), ()))]
+        noise = torch.randn(*images.shape[:2], side, side, device=images.device) * self.noise_std
         shift = torch.randint(images.shape[-1], (2,)).tolist()
         noisy = images + coarse_noise(noise, images.shape[2:], shift) * foreground
         return {"loss": self.reconstruction_loss(self.detector.network(noisy), images, foreground)}

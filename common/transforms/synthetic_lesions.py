@@ -57,9 +57,10 @@ DRAWS = 10
 class InsertLesions(Transform):
     """Put lesions of one kind into a brain, and say where they are.
 
-    The lesion mask holds the voxels where a lesion has half its strength or more (`deformation`: where tissue moved by
-    `mask_mm` or more). The image is untouched outside the brain, and where the mask is farther away than `border_mm`
-    and one voxel (`deformation`: outside its ball). Lesions of one volume do not overlap.
+    The lesion mask holds the voxels where a lesion has half its strength or more (`blobs`: and where a channel changed by
+    `MIN_CHANGE`; `deformation`: where tissue moved by `mask_mm` or more). The image is untouched outside the brain, and
+    where the mask is farther away than `border_mm` and one voxel (`deformation`: outside its ball). Lesions of one
+    volume do not overlap.
 
     Args:
         kind: `blobs`, `atlas`, `texture` or `deformation`.
@@ -68,9 +69,9 @@ class InsertLesions(Transform):
         radius_mm: smallest and largest radius, by default `RADIUS_MM` of the kind.
         hypo: range of the factor by which a hypo-intense lesion multiplies tissue. On T1 0.65 takes white matter to
             grey matter, 0.35 to CSF. One draw per blob, and one per `atlas` mask.
-        hyper: range of the factor by which a hyper-intense lesion multiplies tissue.
-        hyper_limit: highest intensity that a hyper-intense lesion reaches, as a multiple of the brain's 98th
-            percentile. At 1 it looks like healthy white matter in the wrong place, so no threshold finds it.
+        hyper: range of the factor by which a hyper-intense lesion multiplies tissue, as far as `hyper_limit` allows.
+        hyper_limit: highest intensity to which a hyper-intense lesion raises tissue, as a multiple of each channel's
+            98th percentile in the brain. At 1 a T1 lesion is no brighter than white matter: no threshold finds it.
         hyper_share: probability that a blob is hyper-intense.
         border_mm: width over which a lesion fades in, half of it on each side of the mask's surface.
         displacement: range of the largest displacement in a `deformation`, as a share of its radius.
@@ -171,17 +172,21 @@ class InsertLesions(Transform):
         low, high = np.percentile(site.local[site.free], BLOB_PERCENTILES)
         hyper = rng.uniform() < self.hyper_share
         room = self.hyper_limit * site.bright  # hyper-intense lesions go where there is room below the limit
-        visible = (site.local >= low) & (site.local <= (min(high, room[0] / self.hyper[0]) if hyper else high))
-        centre = site.draw(site.depth_mm() * visible, radius_mm, rng)
+        top = min(high, room.flat[0] / self.hyper[0]) if hyper else high
+        centre = site.draw(site.depth_mm() * ((site.local >= low) & (site.local <= top)), radius_mm, rng)
         box, offset = site.around(centre, 2 * radius_mm + self.border_mm)
         weight = _fade(_irregular_depth(offset, radius_mm, rng), self.border_mm) * site.free[box]
         tissue = site.volume[(slice(None), *box)]
         if hyper:
-            change = np.clip(tissue * rng.uniform(*self.hyper), tissue, np.maximum(tissue, room)) - tissue
+            change = weight * np.clip((rng.uniform(*self.hyper) - 1) * tissue, 0, np.maximum(room - tissue, 0))
         else:
-            change = (rng.uniform(*self.hypo) - 1) * tissue
-        seen = (np.abs(change) >= MIN_CHANGE * site.bright).any(axis=0)  # what was bright before is not a lesion
-        site.write(box, tissue + weight * change, touched=weight > 0, lesion=(weight >= 0.5) & seen)
+            change = weight * (rng.uniform(*self.hypo) - 1) * tissue
+        # What was bright before is not a lesion. `>`: nor is anything in a channel of zeros.
+        lesion = (weight >= 0.5) & (np.abs(change) > MIN_CHANGE * site.bright).any(axis=0)
+        if not lesion.any():
+            raise ValueError("A lesion would not show: move `hypo` or `hyper` away from 1, or raise `hyper_limit`.")
+        near = ndimage.distance_transform_edt(~lesion, sampling=site.spacing) <= self.border_mm + np.linalg.norm(site.spacing)
+        site.write(box, tissue + change, touched=(weight > 0) & near, lesion=lesion)
 
     def _texture(self, site: _Site, radius_mm: float, rng: RandomState) -> None:
         reach = radius_mm + self.border_mm / 2
@@ -285,7 +290,8 @@ class _Site:
         """Draw a voxel around which a ball of this radius fits: (3,)."""
         places = np.argwhere(depth >= radius_mm)
         if not len(places):
-            raise ValueError(f"No room for a lesion of {radius_mm:.1f} mm radius: lower `radius_mm` or `count`.")
+            advice = "lower `radius_mm` or `count` (bright blobs: or raise `hyper_limit`)"
+            raise ValueError(f"No room for a lesion of {radius_mm:.1f} mm radius: {advice}.")
         return places[rng.randint(len(places))]
 
     def around(self, centre: Array, reach_mm: float) -> tuple[tuple[slice, ...], Array]:
