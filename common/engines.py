@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from ignite.engine import Engine
 from ignite.metrics import Average
 from monai.engines import SupervisedEvaluator
 from monai.inferers import SimpleInferer
@@ -29,7 +30,7 @@ class Bfloat16Inferer(SimpleInferer):
 class DetectionEvaluator(SupervisedEvaluator):
     """`SupervisedEvaluator` that raises a `UADError` as such, without the RuntimeErrors that MONAI wraps around it."""
 
-    def run(self, global_epoch: int = 1) -> None:
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Run over the data loader once."""
         try:
             super().run(global_epoch)
@@ -51,7 +52,14 @@ def run_or_exit(evaluator: DetectionEvaluator) -> None:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
-def total_loss(losses: dict[str, Tensor], target: None) -> Tensor:  # noqa: ARG001
+def cases(engine: Engine) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The items of an evaluator's last batch, each with its output."""
+    batch: Any = engine.state.batch
+    output: Any = engine.state.output
+    return zip(batch, output, strict=True)
+
+
+def total_loss(losses: dict[str, Tensor], target: None) -> Tensor:
     """`loss_function` of the trainers: a training objective returns its losses itself."""
     return losses["loss"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -20,10 +20,16 @@ def load_weights(path: str | Path | None) -> dict[str, Any]:
     if path is None or not Path(path).is_file():
         raise BundleError(path, "no weights", "train the bundle, or download its models/model.pt")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        cause = str(error).splitlines()[0]
+        with ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not look at the checksums
+                raise BadZipFile(f"wrong checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways, with KeyError and OSError among them
+        cause = type(error).__name__
         raise BundleError(path, f"not a weights file ({cause})", "download or train it again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BundleError(path, "not a weights file (no state dict of tensors)", "give the bundle's models/model.pt")
+    return state
 
 
 def save_weights(state_dict: Mapping[str, Tensor], path: str | Path) -> None:

@@ -22,8 +22,9 @@ from common.transforms.synthetic_lesions import InsertLesions
 ROOT = Path(__file__).resolve().parents[1]
 MARGIN = 2  # voxels around the brain
 
-# Chosen by eye: two hypo-intense and three hyper-intense blobs of 1 to 10 ml, well apart, 1.2 % of the brain.
-SEED = 8
+# Chosen by eye: three hypo-intense and two hyper-intense blobs of 1.8 to 6.6 ml, well apart, 1.1 % of the brain.
+SEED = 142
+HYPER_LIMIT = 1.15  # of white matter: a little brighter than any healthy tissue, to be seen at once
 
 LICENSE = """\
 mni152_lesions_T1.nii.gz and mni152_lesions_mask.nii.gz are made from the ICBM 152 nonlinear symmetric template, version
@@ -53,7 +54,7 @@ def main() -> None:
 def make_sample(output: Path) -> None:
     """Write image (int16, background 0, brain > 0), lesion mask (uint8) and licence to a folder."""
     template, affine = template_2mm()
-    insert = InsertLesions("blobs", SEED, count=(5, 5))
+    insert = InsertLesions("blobs", SEED, count=(5, 5), hyper_limit=HYPER_LIMIT)
     image, mask = insert(template[None], template[None] > 0, affine)
     image = np.maximum(np.rint(image[0]), template > 0)  # a hypo-intense lesion stays in the brain
     output.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ def check_subjects(path: Path, subjects: list[str]) -> None:
     if twice:
         raise CohortError(path, f"subject {sorted(twice)[0]!r} appears more than once", "give each subject one row")
     for subject in subjects:
-        if not subject or Path(subject).name != subject:
+        if not subject or subject == ".." or Path(subject).name != subject:
             raise CohortError(path, f"subject {subject!r} cannot name a folder", "use letters, digits, - and _")
 
 

@@ -86,8 +86,8 @@ def prepare_slices(
     batch: dict[str, Tensor], device: torch.device, non_blocking: bool = False, **kwargs: Any
 ) -> tuple[Tensor, None, tuple, dict[str, Any]]:
     """`prepare_batch` of the trainers for `SliceDataset`: the objective is called with images and foreground."""
-    move = {"device": device, "non_blocking": non_blocking}
-    return batch["image"].to(**move), None, (), {"foreground": batch["foreground"].to(**move), **kwargs}
+    image, foreground = (batch[key].to(device, non_blocking=non_blocking) for key in ("image", "foreground"))
+    return image, None, (), {"foreground": foreground, **kwargs}
 
 
 def prepare_latents(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation
 from torch import Tensor
 
+from ..engines import cases
 from ..errors import CohortError
 from ..files import replacing
+from ..methods.base import foreground_of
 from ..metrics import DetectionMetrics, MeanHealthyImage, intensity_threshold
 from ..metrics.histograms import bin_index, bin_lower_edge
 from ..networks.volume import VolumeDetector
@@ -48,7 +50,7 @@ class Calibrate:
 
     def __call__(self, engine: Engine) -> None:
         """Count the values of the map in the brain."""
-        for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
+        for batch, output in cases(engine):
             if batch.get("lesion"):
                 raise CohortError(batch["subject"], "has a lesion", "calibrate on healthy subjects only")
             anomaly_map, brain = output["anomaly_map"].as_tensor(), batch["brain"].as_tensor()
@@ -56,7 +58,7 @@ class Calibrate:
             self.histogram += np.bincount(bin_index(values), minlength=len(self.histogram))
             self.scores.append(volume_score(anomaly_map, brain.to(anomaly_map.device)))
 
-    def finish(self, engine: Engine) -> None:  # noqa: ARG002
+    def finish(self, engine: Engine) -> None:
         """Fit, and replace the calibration in the weights file."""
         calibration = self.network.calibration
         threshold = exceeded_by(self.histogram, self.false_positive_share)
@@ -111,13 +113,12 @@ class Evaluate:
 
     def __call__(self, engine: Engine) -> None:
         """Add the subjects of the batch, on their own grid, with axial slices."""
-        for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
+        for batch, output in cases(engine):
             unit = torch.tensor(np.asarray(batch["image"].meta["intensity_unit"], dtype=np.float32).ravel())
             unit = unit.view(-1, 1, 1, 1)
             brain = _ras(batch["brain"]) > 0
             image = (_ras(batch["input"]) / unit).clamp(0, 1) * brain
-            lesion = load_lesion(batch["lesion"], batch["brain"]) if batch.get("lesion") else None
-            lesion = None if lesion is None else _ras(lesion)[0] > 0
+            lesion = _ras(load_lesion(batch["lesion"], batch["brain"]))[0] > 0 if batch.get("lesion") else None
             self.metrics.update(
                 batch["subject"],
                 _ras(output["anomaly_map"])[0],
@@ -130,7 +131,7 @@ class Evaluate:
             for name, baseline in self.baselines.items():
                 self.baseline_metrics[name].update(batch["subject"], baseline(image, brain)[0], lesion, brain[0])
 
-    def finish(self, engine: Engine) -> None:  # noqa: ARG002
+    def finish(self, engine: Engine) -> None:
         """Compute, and write the result."""
         seed = self.network.seed
         result = {
@@ -147,7 +148,7 @@ class Evaluate:
 
 
 def _ras(volume: MetaTensor) -> Tensor:
-    return Orientation("RAS", labels=None)(volume.to(torch.float32)).as_tensor().cpu()
+    return cast(MetaTensor, Orientation("RAS", labels=None)(volume.to(torch.float32))).as_tensor().cpu()
 
 
 def load_lesion(path: str, brain: MetaTensor) -> MetaTensor:
@@ -163,9 +164,9 @@ def fit_mean_image(
 ) -> MeanHealthyImage:
     """The mean healthy image of prepared training subjects."""
 
-    def volumes() -> Any:
+    def volumes() -> Iterator[tuple[Tensor, Tensor]]:
         for item in data:
             image = transform(item)["image"].as_tensor()
-            yield image, (image > 0).any(dim=0, keepdim=True)
+            yield image, foreground_of(image[None])[0]
 
     return MeanHealthyImage().fit(volumes())

@@ -8,6 +8,7 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 
+from ..engines import cases
 from ..errors import BundleError
 from ..networks.volume import VolumeDetector
 from ..report.case import Case, write_case
@@ -25,14 +26,16 @@ class LoadWeights:
         """Add the handler to an evaluator."""
         engine.add_event_handler(Events.STARTED, self)
 
-    def __call__(self, engine: Engine) -> None:  # noqa: ARG002
+    def __call__(self, engine: Engine) -> None:
         """Load."""
         state = load_weights(self.path)
         try:
             self.network.load_state_dict(state)
         except RuntimeError as error:
             cause = str(error).splitlines()[-1]
-            raise BundleError(self.path, f"the weights do not fit the network ({cause})", "use the bundle's own") from None
+            raise BundleError(
+                self.path, f"the weights do not fit the network ({cause})", "use the bundle's own"
+            ) from None
         self.network.eval()
 
 
@@ -58,13 +61,13 @@ class SaveDetections:
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
-    def _start(self, engine: Engine) -> None:  # noqa: ARG002
+    def _start(self, engine: Engine) -> None:
         self._started = time.perf_counter()
 
     def __call__(self, engine: Engine) -> None:
         """Write the cases of the batch."""
         digest = sha256(self.weights)
-        for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
+        for batch, output in cases(engine):
             case = Case(
                 subject=str(batch["subject"]),
                 image=batch["input"],
@@ -76,7 +79,7 @@ class SaveDetections:
             run = self._run(engine, batch, digest)
             write_case(self.output_dir / case.subject, case, output["threshold"], self.network.calibration, run)
 
-    def _run(self, engine: Engine, batch: dict[str, Any], digest: str) -> dict[str, Any]:
+    def _run(self, engine: Any, batch: dict[str, Any], digest: str) -> dict[str, Any]:
         return {
             "bundle": self.bundle,
             "weights_sha256": digest,

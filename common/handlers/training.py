@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
 from ignite.handlers.tqdm_logger import ProgressBar
 from monai.engines import IterationEvents
-from monai.handlers import CheckpointLoader, CheckpointSaver
+from monai.handlers import CheckpointLoader
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from ..distributed import is_main_process
+from ..files import replacing
 from ..networks.latent_space import LatentSpace
 from ..networks.volume import VolumeDetector
 from ..weights import load_weights, save_weights
@@ -27,6 +30,8 @@ class ExponentialMovingAverage(AveragedModel):
 
     `module` is the averaged objective. The number of steps is part of the state, so a resumed run goes on alike.
     """
+
+    module: Any
 
     def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
         def average(mean: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
@@ -39,7 +44,7 @@ class ExponentialMovingAverage(AveragedModel):
         """Add the handler to a trainer."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.update)
 
-    def update(self, engine: Engine) -> None:  # noqa: ARG002
+    def update(self, engine: Engine) -> None:
         """Take the current weights in."""
         self.update_parameters(self.network[0])
 
@@ -55,7 +60,7 @@ class GradientClipping:
         """Add the handler to a trainer."""
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:  # noqa: ARG002
+    def __call__(self, engine: Engine) -> None:
         """Clip."""
         nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
 
@@ -75,15 +80,30 @@ class Checkpoints:
     def attach(self, engine: Engine) -> None:
         """Add the handler to a trainer."""
         self.state = {**self.state, "trainer": engine}
-        CheckpointSaver(str(self.save_dir), self.state, save_interval=1, n_saved=1).attach(engine)
+        save = Checkpoint(self.state, self._write, score_function=lambda e: e.state.epoch, score_name="epoch")
+        engine.add_event_handler(Events.EPOCH_COMPLETED, save)
         engine.add_event_handler(Events.STARTED, self)
+
+    def _write(self, checkpoint: Mapping[str, Any], filename: str, metadata: object = None) -> None:
+        # MONAI's CheckpointSaver removes the old file before it writes the new one, and that not in one piece
+        if not is_main_process():
+            return
+        path = self.save_dir / filename
+        with replacing(path) as temporary:
+            torch.save(checkpoint, temporary)
+        for older in self._found():
+            if older != path:
+                older.unlink()
+
+    def _found(self) -> list[Path]:
+        return sorted(self.save_dir.glob("checkpoint_epoch=*.pt"), key=_epoch)
 
     def __call__(self, engine: Engine) -> None:
         """Load the newest checkpoint, if there is one."""
-        found = sorted(self.save_dir.glob("checkpoint_epoch=*.pt"), key=_epoch)
-        if found:
+        if found := self._found():
             logging.getLogger(__name__).info("resuming from %s", found[-1])
-            CheckpointLoader(str(found[-1]), self.state, map_location="cpu")(engine)
+            load = CheckpointLoader(str(found[-1]), self.state, map_location="cpu")  # type: ignore[arg-type]
+            load(engine)
 
 
 def _epoch(path: Path) -> int:
@@ -109,7 +129,7 @@ class SaveWeights:
         """Add the handler to a trainer."""
         engine.add_event_handler(Events.COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:  # noqa: ARG002
+    def __call__(self, engine: Engine) -> None:
         """Write the file, from one process only."""
         if not is_main_process():
             return
@@ -129,7 +149,9 @@ class SaveAutoencoder:
         path: weights file.
     """
 
-    def __init__(self, latent_space: LatentSpace, average: ExponentialMovingAverage, dataset: Dataset, path: str) -> None:
+    def __init__(
+        self, latent_space: LatentSpace, average: ExponentialMovingAverage, dataset: Dataset, path: str
+    ) -> None:
         self.latent_space = latent_space
         self.average = average
         self.dataset = dataset
@@ -139,7 +161,7 @@ class SaveAutoencoder:
         """Add the handler to a trainer."""
         engine.add_event_handler(Events.COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:  # noqa: ARG002
+    def __call__(self, engine: Engine) -> None:
         """Fit the scale and write the file, from one process only."""
         if not is_main_process():
             return

@@ -29,6 +29,7 @@ class AutoencoderObjective(TrainingObjective):
         self.max_gain = max_gain
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
+        """Keys `loss`, `l1`, `l2` and `kl`; the random gain is on in training mode only."""
         if self.training:
             gain = 1 + self.max_gain * (2 * torch.rand(len(images), 1, 1, 1, device=images.device) - 1)
             images = (images * gain).clamp(0, 1)

@@ -43,9 +43,11 @@ class AnomalyDetector(nn.Module):
         if image.ndim != 4 or any(size % self.size_divisor for size in image.shape[2:]):
             raise ValueError(f"image must be (B, C, H, W) with H and W multiples of {self.size_divisor}: {image.shape}")
         if foreground is None:
-            foreground = (image > 0).any(dim=1, keepdim=True)
+            foreground = foreground_of(image)
         if foreground.shape != (len(image), 1, *image.shape[2:]):
             raise ValueError(f"foreground {tuple(foreground.shape)} does not fit image {tuple(image.shape)}")
+        if seeds is not None and seeds.shape != (len(image),):
+            raise ValueError(f"seeds {tuple(seeds.shape)} are not one per slice of {len(image)}")
         generators = [torch.Generator().manual_seed(int(s)) for s in (seeds if seeds is not None else [0] * len(image))]
         anomaly_map, reconstruction = self._detect(image * foreground, foreground, generators)
         anomaly_map = anomaly_map.float() * foreground
@@ -56,9 +58,7 @@ class AnomalyDetector(nn.Module):
         )
 
     @abstractmethod
-    def _detect(
-        self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor]:
+    def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Anomaly map (B, 1, H, W) >= 0 and reconstruction (B, C, H, W); `detect` masks and clamps both."""
 
     def _score(self, anomaly_map: Tensor, foreground: Tensor) -> Tensor:
@@ -74,7 +74,13 @@ class TrainingObjective(nn.Module):
     """
 
     @abstractmethod
-    def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]: ...
+    def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
+        """See the class."""
+
+
+def foreground_of(image: Tensor) -> Tensor:
+    """Where any channel is above 0: (B, C, ...) -> (B, 1, ...) bool."""
+    return (image > 0).any(dim=1, keepdim=True)
 
 
 def top_mean(values: Tensor, share: float = 0.01) -> Tensor:

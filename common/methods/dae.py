@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from monai.networks.layers import MedianFilter
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import AnomalyDetector, TrainingObjective
+from ..networks.weight_standardised_unet import WeightStandardisedUNet
+from .base import AnomalyDetector, TrainingObjective, foreground_of
 
 
 class DAE(AnomalyDetector):
@@ -26,18 +27,16 @@ class DAE(AnomalyDetector):
         rim_size: a pixel counts where more than 95 % of this window is foreground (5 in the code); 1 keeps the rim.
     """
 
-    def __init__(self, network: nn.Module, median_size: int = 5, rim_size: int = 5) -> None:
+    def __init__(self, network: WeightStandardisedUNet, median_size: int = 5, rim_size: int = 5) -> None:
         super().__init__()
         self.network = network
         self.median_size = median_size
         self.rim_size = rim_size
-        # MONAI pads its median with zeros; the slice is padded by reflection first, as published
+        # MONAI's median repeats the border pixels; the slice is padded by reflection first, as published
         self.median = MedianFilter(median_size // 2, spatial_dims=2)
-        self.size_divisor = network.size_divisor * 2
+        self.size_divisor = 2 * network.size_divisor  # twice: reflect padding needs two pixels at the coarsest level
 
-    def _detect(
-        self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor]:
+    def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         reconstruction = self.network(image)
         return self.anomaly_map(image, reconstruction, foreground), reconstruction
 
@@ -76,7 +75,8 @@ class DAEObjective(TrainingObjective):
         self.loss = F.l1_loss if loss == "l1" else F.mse_loss
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
-        foreground = (images > 0).any(dim=1, keepdim=True) if foreground is None else foreground
+        """Key `loss`; the noise is drawn from the global generator."""
+        foreground = foreground_of(images) if foreground is None else foreground
         side = self.noise_resolutions[int(torch.randint(len(self.noise_resolutions), ()))]
         noise = torch.randn(*images.shape[:2], side, side, device=images.device) * self.noise_std
         shift = torch.randint(images.shape[-1], (2,)).tolist()

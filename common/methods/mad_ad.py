@@ -9,17 +9,18 @@ Where the paper and its code disagree, see the options of `MADAD` and the commen
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from monai.networks.layers import GaussianFilter
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..networks.latent_space import LatentSpace
 from ..networks.masked_unet import MaskedDiffusionUNet
 from ..schedulers.masked_ddim import MaskedDDIMScheduler
-from .base import AnomalyDetector, TrainingObjective, noise_like
+from .base import AnomalyDetector, TrainingObjective, foreground_of, noise_like
 
 MapKind = Literal["image", "input", "latent", "mask"]
 
@@ -33,7 +34,7 @@ class MADAD(AnomalyDetector):
             autoencoder's own error cancels). "input": |D(z_corrected) - x| (eq. 8 as printed). "latent" and "mask" are
             the ablations: mean latent difference, mean predicted mask over the steps.
         gamma: clip of the image difference, in [0, 1] units; 0.125 is the published code's 0.25 on [-1, 1].
-        sigma_px: Gaussian smoothing of the map; 5 in the code at 256 px, so about 2 at 96 px.
+        sigma_px: Gaussian smoothing of the map; 5 in the code at 256 px, so about 2 at 96 px; 0 for none.
     """
 
     def __init__(
@@ -53,12 +54,12 @@ class MADAD(AnomalyDetector):
         self.num_inference_steps = num_inference_steps
         self.map_kind = map_kind
         self.gamma = gamma
-        self.smooth = GaussianFilter(2, sigma_px, truncated=4.0)
+        # as SciPy's, which is published: sampled kernel, mirrored border (MONAI pads with zeros, which dims the border)
+        self.smooth = GaussianFilter(2, sigma_px, truncated=4.0, approx="sampled") if sigma_px else nn.Identity()
+        self.margin = math.ceil(4.0 * sigma_px)
         self.size_divisor = latent_space.downsampling * unet.size_divisor
 
-    def _detect(
-        self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor]:
+    def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         z, _ = self.latent_space.posterior(image)
         corrected, mask_mean = self.correct(z, generators)
         reconstruction = self.latent_space.decode(corrected)
@@ -69,7 +70,13 @@ class MADAD(AnomalyDetector):
         else:
             reference = image if self.map_kind == "input" else self.latent_space.decode(z)
             anomaly_map = image_difference(reconstruction, reference, self.gamma)
-        return self.smooth(anomaly_map), reconstruction
+        return self.smoothed(anomaly_map), reconstruction
+
+    def smoothed(self, anomaly_map: Tensor) -> Tensor:
+        """Gaussian filter with a mirrored border, (B, 1, H, W) -> (B, 1, H, W)."""
+        height, width = anomaly_map.shape[2:]
+        margin = self.margin
+        return self.smooth(mirror(anomaly_map, margin))[..., margin : margin + height, margin : margin + width]
 
     def correct(self, z: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """The reverse process from the input's own latent, without forward noise (eq. 5 to 7).
@@ -91,6 +98,15 @@ def image_difference(a: Tensor, b: Tensor, gamma: float | None) -> Tensor:
     """min(max over channels |a - b|, gamma) / gamma, (B, 1, H, W) in [0, 1]; unclipped and unscaled without gamma."""
     difference = (a - b).abs().amax(dim=1, keepdim=True)
     return difference if gamma is None else difference.clamp(max=gamma) / gamma
+
+
+def mirror(x: Tensor, margin: int) -> Tensor:
+    """Pad H and W on both sides, d c b a | a b c d | d c b a: SciPy's "reflect", which PyTorch lacks; any margin."""
+    for dim in (-2, -1):
+        size = x.shape[dim]
+        index = torch.arange(-margin, size + margin, device=x.device) % (2 * size)
+        x = x.index_select(dim, torch.minimum(index, 2 * size - 1 - index))
+    return x
 
 
 class MADADObjective(TrainingObjective):
@@ -134,10 +150,12 @@ class MADADObjective(TrainingObjective):
         posterior: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Give images, or the cached `posterior` of the latent space with the foreground of the images."""
-        if posterior is None:
+        if images is not None:
             with torch.no_grad():
                 posterior = self.detector.latent_space.posterior(images)
-            foreground = (images > 0).any(dim=1, keepdim=True) if foreground is None else foreground
+            foreground = foreground_of(images) if foreground is None else foreground
+        if posterior is None or foreground is None:
+            raise ValueError("give images, or a posterior with its foreground")
         mean, std = posterior
         z0 = mean + std * torch.randn_like(std)
         mask = self.random_mask(z0) * self.allowed_cells(foreground)
@@ -171,8 +189,11 @@ class MADADObjective(TrainingObjective):
         """(B, 1, H, W) bool -> (B, 1, h, w) in {0, 1}: cells in blocks that are almost fully foreground."""
         block = self.brain_block * self.detector.latent_space.downsampling
         share = F.avg_pool2d(foreground.float(), block)
-        return (share >= self.min_brain_share).float().repeat_interleave(self.brain_block, 2).repeat_interleave(
-            self.brain_block, 3
+        return (
+            (share >= self.min_brain_share)
+            .float()
+            .repeat_interleave(self.brain_block, 2)
+            .repeat_interleave(self.brain_block, 3)
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ class LatentSpace(nn.Module):
         downsampling: pixels per latent cell, f.
     """
 
+    autoencoder: Any  # a module with `encode` and `decode`
     scale: Tensor
 
     def __init__(self, autoencoder: nn.Module, downsampling: int) -> None:

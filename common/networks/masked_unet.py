@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from monai.networks.blocks.selfattention import SABlock
 from monai.networks.nets import DiffusionModelUNet
-from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock
+from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock, zero_module
 from torch import Tensor, nn
 
 
@@ -16,9 +17,8 @@ class _TwoHeads(nn.Module):
     def __init__(self, z0_head: nn.Module, channels: int, num_groups: int, eps: float) -> None:
         super().__init__()
         self.z0 = z0_head
-        convolution = nn.Conv2d(channels, 1, kernel_size=3, padding=1)
-        nn.init.zeros_(convolution.weight)
-        nn.init.zeros_(convolution.bias)  # so training starts from P(noised) = 0.5: nothing is updated
+        # zero, so that training starts from P(noised) = 0.5: nothing is updated
+        convolution = zero_module(nn.Conv2d(channels, 1, kernel_size=3, padding=1))
         self.mask = nn.Sequential(nn.GroupNorm(num_groups, channels, eps=eps), convolution)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -63,13 +63,12 @@ class MaskedDiffusionUNet(nn.Module):
             norm_eps=eps,
             num_head_channels=[c // num_heads for c in channels],
         )
-        self.trunk.out = _TwoHeads(self.trunk.out, channels[0], norm_num_groups, eps)
+        self.trunk.add_module("out", _TwoHeads(self.trunk.out, channels[0], norm_num_groups, eps))
         for module in list(self.trunk.modules()):
             if isinstance(module, DiffusionUNetResnetBlock):
                 module.conv2 = nn.Sequential(nn.Dropout(dropout), module.conv2)
-            elif hasattr(module, "out_proj"):
-                nn.init.zeros_(module.out_proj.weight)
-                nn.init.zeros_(module.out_proj.bias)
+            elif isinstance(module, SABlock):
+                zero_module(module.out_proj)
 
     def forward(self, z: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """z: (B, C_z, h, w); timesteps: (B,) int64. Returns z0 (B, C_z, h, w) and mask logits (B, 1, h, w)."""

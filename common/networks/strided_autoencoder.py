@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from monai.networks.nets.vqvae import Decoder, Encoder
@@ -31,7 +32,7 @@ class StridedAutoencoderKL(nn.Module):
     ) -> None:
         super().__init__()
         levels = len(channels)
-        shared = {
+        shared: dict[str, Any] = {
             "spatial_dims": spatial_dims,
             "channels": channels,
             "num_res_layers": num_res_layers,

@@ -56,7 +56,7 @@ class VolumeDetector(nn.Module):
         count = image.shape[self.axis + 2]
         indices = (slices > 0).flatten(1).any(dim=1).nonzero().flatten()
         result = slices.new_zeros(len(slices), 1 + slices.shape[1], *slices.shape[2:])
-        for batch in indices.split(self.batch_size):
+        for batch in indices.split(self.batch_size) if len(indices) else ():
             result[batch] = self._detect(slices[batch], seeds=self.seed * 1_000_003 + batch % count)
         return result.unflatten(0, (len(image), count)).movedim(1, self.axis + 2).contiguous()
 

@@ -13,6 +13,7 @@ class WeightStandardisedConv2d(nn.Conv2d):
     """Convolution whose filters are brought to mean 0 and standard deviation 1 (Qiao et al. 2019)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Convolve with the standardised filters."""
         weight = self.weight
         std, mean = torch.std_mean(weight, dim=(1, 2, 3), keepdim=True)
         return self._conv_forward(x, (weight - mean) / (std + 1e-5), self.bias)

@@ -47,9 +47,7 @@ def volume_score(anomaly_map: torch.Tensor, brain: torch.Tensor) -> float:
     return float(top_mean(anomaly_map[brain.bool()]))
 
 
-def write_case(
-    folder: Path, case: Case, threshold: float, calibration: Calibration, run: Mapping[str, Any]
-) -> None:
+def write_case(folder: Path, case: Case, threshold: float, calibration: Calibration, run: Mapping[str, Any]) -> None:
     """Write the six files of a case into `folder`, which appears whole or not at all; an older one is replaced.
 
     anomaly_map.nii.gz (float32, raw), segmentation.nii.gz (uint8), reconstruction.nii.gz (float32, input's units),
@@ -114,9 +112,7 @@ def save_lesions(lesions: list[dict[str, float]], path: Path) -> None:
         writer.writerows({"lesion": number, **lesion} for number, lesion in enumerate(lesions, 1))
 
 
-def describe(
-    case: Case, threshold: float, calibration: Calibration, lesions: list[dict[str, float]]
-) -> dict[str, Any]:
+def describe(case: Case, threshold: float, calibration: Calibration, lesions: list[dict[str, float]]) -> dict[str, Any]:
     """What run.json says of a case beside the run itself."""
     score = volume_score(case.anomaly_map.as_tensor(), case.brain.as_tensor())
     brain_voxels = float(case.brain.sum())

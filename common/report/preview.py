@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ def save_preview(case: Case, threshold: float, path: Path) -> None:
     image, brain, anomaly_map, reconstruction, mask = (
         _axial(volume) for volume in (case.image, case.brain, case.anomaly_map, case.reconstruction, case.segmentation)
     )
-    spacing = Orientation("RAS", labels=None)(case.image).pixdim
+    spacing = cast(MetaTensor, Orientation("RAS", labels=None)(case.image)).pixdim
     chosen = choose_slices(np.where(brain > 0, anomaly_map, 0), brain > 0)
     top = float(np.percentile(image[brain > 0], 99.5))
     figure = Figure(figsize=(2 * len(chosen), 8.6), facecolor="black", layout="constrained")
@@ -39,7 +39,9 @@ def save_preview(case: Case, threshold: float, path: Path) -> None:
             axis.set_axis_off()
         heat = anomaly_map[index]
         alpha = np.clip((heat - threshold / 2) / threshold, 0, 1)
-        axes[2, column].imshow(heat, cmap="hot", vmin=0, vmax=3 * threshold, alpha=alpha, aspect=spacing[1] / spacing[0])
+        axes[2, column].imshow(
+            heat, cmap="hot", vmin=0, vmax=3 * threshold, alpha=alpha, aspect=spacing[1] / spacing[0]
+        )
         if mask[index].any():
             axes[3, column].contour(mask[index] > 0, levels=[0.5], colors="red", linewidths=0.8)
     for row, title in enumerate(("input", "reconstruction", "anomaly map", "segmentation")):
@@ -49,7 +51,7 @@ def save_preview(case: Case, threshold: float, path: Path) -> None:
 
 def _axial(volume: MetaTensor) -> np.ndarray:
     """(1, H, W, D) on any grid -> (slices from below, rows from the front, columns from the patient's right)."""
-    ras = Orientation("RAS", labels=None)(volume.to(torch.float32)).as_tensor()[0].cpu().numpy()
+    ras = np.asarray(Orientation("RAS", labels=None)(volume.to(torch.float32)).cpu())[0]
     return ras.transpose(2, 1, 0)[:, ::-1, :].copy()[:, :, ::-1]
 
 

@@ -10,8 +10,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from monai.transforms.utils import get_largest_connected_component_mask
-from scipy.ndimage import binary_fill_holes
+from scipy import ndimage
 
 from ..errors import SkullStripError
 from .check import source_name, voxel_volume_ml
@@ -56,9 +55,17 @@ def brain_mask(image: MetaTensor) -> MetaTensor:
     if positive.numel() == 0:
         raise SkullStripError(source_name(image), "no voxel is above zero", "shift the intensities so that air is 0")
     level = BACKGROUND_SHARE * np.percentile(positive.cpu().numpy(), 98)
-    component = get_largest_connected_component_mask((values > level).any(dim=0))
-    filled = binary_fill_holes(np.asarray(component, dtype=bool))
+    component = largest_component((values > level).any(dim=0).cpu().numpy())
+    filled = ndimage.binary_fill_holes(component)
     return MetaTensor(torch.from_numpy(filled)[None], meta=dict(image.meta))
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """(H, W, D) bool -> bool: the largest 26-connected component. MONAI's needs scikit-image for this."""
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return labels == sizes.argmax()
 
 
 def check_stripped(image: MetaTensor, mask: MetaTensor) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable, Mapping
+from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
+from monai.data import ImageReader, MetaTensor
 from monai.transforms import LoadImaged, MapTransform
+from monai.utils import ensure_tuple
 from nibabel.filebasedimages import ImageFileError as NibabelImageFileError
-from nibabel.spatialimages import HeaderDataError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from ..errors import ImageFileError, ImageGeometryError, ImageIntensityError, ImageShapeError, UADError
 
@@ -52,17 +55,20 @@ class LoadImageCheckedd(LoadImaged):
             allow_missing_keys=allow_missing_keys,
         )
 
-    def __call__(self, data: Mapping[Hashable, Any], reader: None = None) -> dict[Hashable, Any]:  # noqa: ARG002
-        """Add the images, (C, H, W, D) float32 with their affine. Raises ImageFileError."""
+    def __call__(self, data: Mapping[Hashable, Any], reader: ImageReader | None = None) -> dict[Hashable, Any]:
+        """Add the images, (C, H, W, D) float32 with their affine; images in memory stay. Raises UADError."""
         result = dict(data)
         for key in self.key_iterator(result):
             path = result[key]
+            if isinstance(path, torch.Tensor):
+                continue
             try:
-                result[key] = self._loader(path, reader=None)
+                affines = [read_affine(name) for name in ensure_tuple(path)]
+                result[key] = self._loader(path, reader)
+                # MONAI exchanges an affine that disagrees with the header's voxel sizes, a singular one too
+                result[key].affine = affines[0]
             except FileNotFoundError as error:
                 raise ImageFileError(path, "no such file", "check the path") from error
-            except IsADirectoryError as error:
-                raise ImageFileError(path, "a folder without NIfTI files", "check the path") from error
             except (EOFError, zlib.error) as error:
                 raise ImageFileError(path, "the compressed file is truncated or damaged", "copy it again") from error
             except (NibabelImageFileError, HeaderDataError) as error:
@@ -71,6 +77,25 @@ class LoadImageCheckedd(LoadImaged):
                 cause = str(error).splitlines()[0]
                 raise ImageFileError(path, f"cannot be read ({cause})", "check the file and its permissions") from error
         return result
+
+
+def read_affine(path: str | Path) -> np.ndarray:
+    """Voxel to world (RAS, mm), (4, 4), as the header of a file says, which is checked before the voxels are read.
+
+    Raises ImageFileError, ImageGeometryError or ImageIntensityError, and what nibabel raises.
+    """
+    if Path(path).is_dir():
+        raise ImageFileError(path, "a folder without NIfTI files", "give .nii or .nii.gz files, or a folder of them")
+    image = nib.load(path)
+    if not isinstance(image, SpatialImage):
+        raise ImageFileError(path, "not an image of voxels", "convert it to NIfTI")
+    dtype = image.get_data_dtype()
+    if dtype.fields is not None or dtype.kind == "c":
+        raise ImageIntensityError(path, "colour or complex voxels", "convert it to one real number per voxel")
+    if isinstance(image, nib.Nifti1Pair) and not (image.header["sform_code"] or image.header["qform_code"]):
+        fact = "neither sform nor qform is set, so left and right are unknown"
+        raise ImageGeometryError(path, fact, "set one of them in the header")
+    return np.asarray(image.affine, dtype=float)
 
 
 class CheckVolumed(MapTransform):

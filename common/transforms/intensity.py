@@ -30,9 +30,7 @@ class ScaleIntensityByForegroundd(MapTransform):
         upper: what that percentile becomes, at most 1.
     """
 
-    def __init__(
-        self, keys: KeysCollection, foreground_key: str, percentile: float = 98.0, upper: float = 0.8
-    ) -> None:
+    def __init__(self, keys: KeysCollection, foreground_key: str, percentile: float = 98.0, upper: float = 0.8) -> None:
         super().__init__(keys)
         self.foreground_key = foreground_key
         self.percentile = percentile

@@ -21,8 +21,9 @@ from .resample import ResampleForegroundd
 class BrainPreprocessing(Compose):
     """Load, check, find the brain, RAS, spacing, crop to the brain, scale, pad.
 
-    In: `image`, a file, or an image in memory. Out: `image` (C, H, W, D) float32, brain in (0, 1], else exactly 0, and, on
-    the input's own grid, `input` as it was loaded and `brain` (1, h, w, d) bool. `Invertd` undoes it on a map of the same shape.
+    In: `image`, a file or an image in memory. Out: `image` (C, H, W, D) float32, brain in (0, 1], else exactly 0; and,
+    on the input's own grid, `input` as it was loaded and `brain` (1, h, w, d) bool. `Invertd` undoes it on a map of
+    the shape of `image`.
 
     Args:
         spacing_mm: isotropic spacing of the network's grid.
@@ -31,9 +32,7 @@ class BrainPreprocessing(Compose):
         channels: modalities.
     """
 
-    def __init__(
-        self, spacing_mm: float, percentile: float, upper: float, canvas: int, channels: int = 1
-    ) -> None:
+    def __init__(self, spacing_mm: float, percentile: float, upper: float, canvas: int, channels: int = 1) -> None:
         image, both = "image", ("image", "foreground")
         super().__init__(
             [

@@ -102,5 +102,7 @@ def calibrated_threshold(weights: str | Path | None) -> float:
     """The threshold in a bundle's weights. Raises BundleError where it was not fitted."""
     threshold = float(load_weights(weights)["calibration.threshold"])
     if np.isnan(threshold):
-        raise BundleError(weights, "the weights are not calibrated", "run the bundle's calibrate.json, or give a threshold")
+        raise BundleError(
+            weights, "the weights are not calibrated", "run the bundle's calibrate.json, or give a threshold"
+        )
     return threshold

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,8 +46,8 @@ class ResampleForegroundd(MapTransform, InvertibleTransform):
     def _resample(self, image: MetaTensor) -> MetaTensor:
         factor = np.asarray(self.spacing_mm) / np.asarray(image.pixdim)
         if (factor > 1.01).any():
-            image = GaussianSmooth(sigma=np.clip((factor - 1) / 2, 1e-3, None).tolist())(image)
-        return self.spacing(image)
+            image = cast(MetaTensor, GaussianSmooth(sigma=np.clip((factor - 1) / 2, 1e-3, None).tolist())(image))
+        return cast(MetaTensor, self.spacing(image))
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Bring the keys back to their grid before the transform."""

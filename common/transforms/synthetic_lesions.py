@@ -57,10 +57,10 @@ DRAWS = 10
 class InsertLesions(Transform):
     """Put lesions of one kind into a brain, and say where they are.
 
-    The lesion mask holds the voxels where a lesion has half its strength or more (`blobs`: and where a channel changed by
-    `MIN_CHANGE`; `deformation`: where tissue moved by `mask_mm` or more). The image is untouched outside the brain, and
-    where the mask is farther away than `border_mm` and one voxel (`deformation`: outside its ball). Lesions of one
-    volume do not overlap.
+    The lesion mask holds the voxels where a lesion has half its strength or more (`blobs`: and where it changed a
+    channel by more than `MIN_CHANGE`; `deformation`: where tissue moved by `mask_mm` or more). The image is untouched
+    outside the brain, and where the mask is farther away than `border_mm` and one voxel (`deformation`: outside its
+    ball). Lesions of one volume do not overlap.
 
     Args:
         kind: `blobs`, `atlas`, `texture` or `deformation`.
@@ -185,7 +185,8 @@ class InsertLesions(Transform):
         lesion = (weight >= 0.5) & (np.abs(change) > MIN_CHANGE * site.bright).any(axis=0)
         if not lesion.any():
             raise ValueError("A lesion would not show: move `hypo` or `hyper` away from 1, or raise `hyper_limit`.")
-        near = ndimage.distance_transform_edt(~lesion, sampling=site.spacing) <= self.border_mm + np.linalg.norm(site.spacing)
+        away_mm = ndimage.distance_transform_edt(~lesion, sampling=site.spacing)  # as for `atlas`: nothing unlabelled
+        near = away_mm <= self.border_mm + np.linalg.norm(site.spacing)
         site.write(box, tissue + change, touched=(weight > 0) & near, lesion=lesion)
 
     def _texture(self, site: _Site, radius_mm: float, rng: RandomState) -> None:
@@ -235,7 +236,7 @@ class InsertLesionsd(MapTransform):
         lesion_key: str = "lesion",
         subject_key: str | None = None,
         allow_missing_keys: bool = False,
-        **settings: Any,  # noqa: ANN401
+        **settings: Any,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if len(self.keys) != 1:
