@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +14,18 @@ from .errors import UADError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-Method = Annotated[str, typer.Option("-m", "--method", help=f"One of {', '.join(available_bundles())}.")]
 FAILED = 3
+
+
+def _known(method: str) -> str:
+    if method not in available_bundles():
+        raise typer.BadParameter(f"{method!r} is none of {', '.join(available_bundles())}")
+    return method
+
+
+Method = Annotated[
+    str, typer.Option("-m", "--method", help=f"One of {', '.join(available_bundles())}.", callback=_known)
+]
 
 
 @app.callback()
@@ -60,6 +71,7 @@ def evaluate(
 
 
 def _run(method: str, configs: list[str], **override: object) -> None:
+    logging.disable(logging.ERROR)  # what MONAI and ignite say of a failed case is said once, below
     override = {name.replace("__", "::"): value for name, value in override.items()}
     try:
         run_inference(method, configs, **override)

@@ -49,12 +49,15 @@ def read_cohort(
     path = Path(cohort)
     if not path.is_file():
         raise CohortError(path, "no such cohort CSV", "check the path")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [c for c in ("subject", "split", *modalities) if c not in (reader.fieldnames or [])]
-        if missing:
-            raise CohortError(path, f"no column {', '.join(missing)}", "see the README for the columns of a cohort")
-        rows = list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns, rows = reader.fieldnames or [], list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise CohortError(path, f"not a CSV in UTF-8 ({error})", "save it as CSV UTF-8") from error
+    missing = [c for c in ("subject", "split", *modalities) if c not in columns]
+    if missing:
+        raise CohortError(path, f"no column {', '.join(missing)}", "see the README for the columns of a cohort")
     check_subjects(path, [row["subject"] for row in rows])
     datalist = [_item(path, row, modalities) for row in rows if split in (None, row["split"])]
     if healthy is not None:

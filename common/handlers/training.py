@@ -189,4 +189,4 @@ class EpochProgress(ProgressBar):
     def attach(self, engine: Engine) -> None:  # type: ignore[override]
         """Add the bar to a trainer."""
         if is_main_process():
-            super().attach(engine, output_transform=lambda output: {"loss": float(output["loss"])})
+            super().attach(engine, output_transform=lambda output: {"loss": output["loss"].item()})

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, SpatialResample
+from monai.utils import convert_to_tensor
 from scipy import ndimage
 
 from ..errors import BundleError
@@ -21,12 +22,12 @@ from .check import voxel_volume_ml
 class SplitPredictiond(MapTransform):
     """Split `pred` (1 + C, H, W, D) into `anomaly_map` and `reconstruction`, 0 outside the brain.
 
-    The reconstruction returns to the image's own units (`meta["intensity_unit"]`); the map stays raw. `pred` becomes
-    the map.
+    The reconstruction returns to the image's own units (`meta["intensity_unit"]`), and at the rim it is divided by how
+    much of the brain its interpolation saw, as in `ResampleForegroundd`; the map stays raw. `pred` becomes the map.
 
     Args:
         keys: the prediction, already inverted to the input's grid.
-        image_key: the preprocessed image, for its intensity unit.
+        image_key: the preprocessed image, for its intensity unit and its foreground.
         mask_key: brain mask on the input's grid.
     """
 
@@ -34,17 +35,20 @@ class SplitPredictiond(MapTransform):
         super().__init__(keys)
         self.image_key = image_key
         self.mask_key = mask_key
+        self.resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=None)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with the two new keys."""
         result = dict(data)
-        brain = result[self.mask_key].as_tensor().bool()
-        pred = result[self.keys[0]]
-        values = pred.as_tensor() * brain.to(pred.device)
-        unit = values.new_tensor(np.asarray(result[self.image_key].meta["intensity_unit"], dtype=float).ravel())
-        affine = result[self.mask_key].affine
-        result["anomaly_map"] = MetaTensor(values[:1].clamp(min=0), affine=affine)
-        result["reconstruction"] = MetaTensor(values[1:] * unit.view(-1, 1, 1, 1), affine=affine)
+        image, mask, pred = result[self.image_key], result[self.mask_key], result[self.keys[0]]
+        values = pred.as_tensor() * mask.as_tensor().bool().to(pred.device)
+        unit = values.new_tensor(np.asarray(image.meta["intensity_unit"], dtype=float).ravel())
+        foreground = (image > 0).any(dim=0, keepdim=True).to(torch.float32)
+        share = self.resample(foreground, dst_affine=mask.affine, spatial_size=mask.shape[1:])
+        share = convert_to_tensor(share, track_meta=False).to(values).clamp(min=0.01)
+        reconstruction = values[1:] * unit.view(-1, 1, 1, 1) / share
+        result["anomaly_map"] = MetaTensor(values[:1].clamp(min=0), affine=mask.affine)
+        result["reconstruction"] = MetaTensor(reconstruction, affine=mask.affine)
         result[self.keys[0]] = result["anomaly_map"]
         return result
 
@@ -83,7 +87,8 @@ class SegmentAnomaliesd(MapTransform):
         for key in self.key_iterator(result):
             anomaly_map = result[key]
             voxel_ml = voxel_volume_ml(anomaly_map)
-            mask = segment(anomaly_map[0].cpu().numpy(), self.threshold, self.min_volume_ml / voxel_ml)
+            min_voxels = self.min_volume_ml / voxel_ml - 1e-4  # rounding must not remove what has just this volume
+            mask = segment(anomaly_map[0].cpu().numpy(), self.threshold, min_voxels)
             segmentation = MetaTensor(torch.from_numpy(mask)[None], affine=anomaly_map.affine)
             result["segmentation"], result["threshold"] = segmentation, self.threshold
             result[key] = anomaly_map if self.save_map else segmentation

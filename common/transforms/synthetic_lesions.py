@@ -185,7 +185,7 @@ class InsertLesions(Transform):
         lesion = (weight >= 0.5) & (np.abs(change) > MIN_CHANGE * site.bright).any(axis=0)
         if not lesion.any():
             raise ValueError("A lesion would not show: move `hypo` or `hyper` away from 1, or raise `hyper_limit`.")
-        away_mm = ndimage.distance_transform_edt(~lesion, sampling=site.spacing)  # as for `atlas`: nothing unlabelled
+        away_mm = ndimage.distance_transform_edt(~lesion, sampling=site.spacing)  # no faint change far from the label
         near = away_mm <= self.border_mm + np.linalg.norm(site.spacing)
         site.write(box, tissue + change, touched=(weight > 0) & near, lesion=lesion)
 

@@ -1,4 +1,5 @@
 import inspect
+import math
 
 import pytest
 import torch
@@ -41,14 +42,25 @@ def test_forward_decodes_a_sample_of_the_posterior():
     torch.testing.assert_close(reconstruction, network.decode(mean + std * noise))
 
 
-@pytest.mark.parametrize("extreme", [-1e4, 1e4])
-def test_standard_deviation_stays_finite(extreme):
+def encode_bias(value):
+    """Encoding by a network whose encoder gives this value everywhere."""
     network = tiny()
     last = network.encoder.blocks[-1].conv
     with torch.no_grad():
         last.weight.zero_()
-        last.bias.fill_(extreme)
-    std = network.encode(torch.zeros(1, 1, 8, 8))[1]
+        last.bias.fill_(value)
+        return network.encode(torch.zeros(1, 1, 8, 8))
+
+
+def test_encoder_gives_the_logarithm_of_the_variance():
+    mean, std = encode_bias(math.log(9.0))
+    torch.testing.assert_close(mean, torch.full((1, 3, 2, 2), math.log(9.0)))
+    torch.testing.assert_close(std, torch.full((1, 3, 2, 2), 3.0))
+
+
+@pytest.mark.parametrize("extreme", [-1e4, 1e4])
+def test_standard_deviation_stays_finite(extreme):
+    std = encode_bias(extreme)[1]
     assert torch.isfinite(std).all()
     assert torch.isfinite(std.log()).all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import nibabel as nib
@@ -13,7 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 from scipy import ndimage
 
-from common.transforms.synthetic_lesions import InsertLesions, InsertLesionsd, match_moments
+from common.transforms.synthetic_lesions import MIN_CHANGE, InsertLesions, InsertLesionsd, match_moments
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -26,6 +27,11 @@ SETTINGS = {
 
 def make_subject(spacing=(2.0, 2.0, 2.0), channels=1):
     """An ellipsoid of 80 x 96 x 80 mm around the origin of smooth noise: image (C, H, W, D), brain, affine."""
+    return tuple(array.copy() for array in _make_subject(spacing, channels))
+
+
+@cache
+def _make_subject(spacing, channels):
     spacing = np.array(spacing)
     shape = np.ceil(np.array([88, 104, 88]) / spacing).astype(int)
     affine = nib.affines.from_matvec(np.diag(spacing), -spacing * (shape - 1) / 2)
@@ -99,8 +105,35 @@ def test_blobs_are_darker_or_brighter(hyper_share, sign):
     out, mask = make_insert("blobs", hyper_share=hyper_share)(image, brain, affine)
     change = sign * (out - image)
     assert (change >= 0).all()
+    assert (change >= MIN_CHANGE * np.percentile(image[brain], 98))[mask > 0].all()
+    if sign < 0:
+        core = ndimage.binary_erosion(mask[0])
+        assert change[0][core].min() >= 0.3 * image[0][core].min()
+
+
+@pytest.mark.parametrize("hyper_limit", [1.0, 1.15])
+def test_bright_blobs_multiply_tissue_up_to_the_limit(hyper_limit):
+    image, brain, affine = make_subject()
+    out, mask = make_insert("blobs", hyper_share=1, hyper_limit=hyper_limit)(image, brain, affine)
+    limit = hyper_limit * np.percentile(image[brain], 98)
+    assert (out <= np.maximum(image, limit * (1 + 1e-6))).all()
     core = ndimage.binary_erosion(mask[0])
-    assert change[0][core].min() >= 0.3 * (np.percentile(image[brain], 98) if sign > 0 else image[0][core].min())
+    factor, capped = (out[0] / image[0].clip(1))[core], out[0][core] >= limit * (1 - 1e-6)
+    assert capped.any() and not capped.all()
+    assert factor[~capped].min() >= 1.3 - 1e-6 and factor.max() <= 1.6 + 1e-6
+
+
+def test_where_a_blob_hardly_shows_there_is_neither_label_nor_change():
+    image, brain, affine = make_subject()
+    bright = brain & (np.arange(image.shape[1])[:, None, None] > image.shape[1] // 2)
+    image = np.where(bright, 200, np.minimum(image, 150)).astype(np.float32)  # the 98th percentile is 200
+    for seed in range(7):
+        insert = make_insert("blobs", seed, hyper_share=1, hyper_limit=1.05, count=(1, 1), radius_mm=(12, 12))
+        out, mask = insert(image, brain, affine)
+        assert not mask[bright].any()
+        assert mask.sum() * 8 > 4 / 3 * np.pi * 12**3 / 2  # mm3: put where there is room, most of it shows
+        away = ndimage.distance_transform_edt(mask[0] == 0, sampling=2) > insert.border_mm + 2 * np.sqrt(3)
+        assert np.array_equal(out[0][away], image[0][away])
 
 
 def test_atlas_lesions_are_darker_and_where_the_atlas_has_them():
@@ -163,17 +196,33 @@ def test_deformation_moves_tissue_by_the_stated_distance():
     assert 0.2 * 12 < moved.max() <= 0.3 * 15
 
 
-def test_channels_share_the_lesions():
+@pytest.mark.parametrize("hyper_share", [0, 1])
+def test_channels_share_the_lesions(hyper_share):
     image, brain, affine = make_subject(channels=2)
-    out, mask = make_insert("blobs")(image, brain, affine)
+    image[1] *= 3  # in units of its own
+    out, mask = make_insert("blobs", hyper_share=hyper_share)(image, brain, affine)
+    bright = np.percentile(image[:, brain[0]], 98, axis=1)[:, None, None, None]
     core = ndimage.binary_erosion(mask[0])
-    assert (out != image)[:, core].all()
+    saturated = image >= bright if hyper_share else np.zeros_like(image, bool)
+    assert ((out != image) | saturated)[:, core].all()
+    assert (out <= np.maximum(image, bright * (1 + 1e-6))).all()
+    shows = np.abs(out - image) >= MIN_CHANGE * bright * (1 - 1e-6)
+    assert shows.any(axis=0)[mask[0] > 0].all()  # in one of the channels, not always in the same
+    assert (shows[0] & ~shows[1])[mask[0] > 0].any() or not hyper_share
+
+
+def test_an_empty_channel_does_not_change_the_label():
+    image, brain, affine = make_subject()
+    one, two = (
+        make_insert("blobs", hyper_share=1)(im, brain, affine) for im in (image, np.stack([image[0], 0 * image[0]]))
+    )
+    assert np.array_equal(one[1], two[1]) and np.array_equal(one[0][0], two[0][0]) and not two[0][1].any()
 
 
 def test_types_and_integers():
     image, brain, affine = make_subject()
     meta = MetaTensor(image.round().astype(np.uint8), affine=torch.from_numpy(affine))
-    out, mask = make_insert("blobs", hyper_share=1)(meta, torch.from_numpy(brain))
+    out, mask = make_insert("blobs", hyper_share=1, hyper_limit=1.5)(meta, torch.from_numpy(brain))
     assert isinstance(out, MetaTensor) and isinstance(mask, MetaTensor)
     assert out.dtype == torch.float32 and mask.dtype == torch.uint8
     assert out.max() > 255  # neither clipped nor wrapped round
@@ -201,6 +250,14 @@ def test_errors(kind):
     speck[0, 5, 5, 5] = True
     with pytest.raises(ValueError, match=r"No room|flat"):
         make_insert(kind)(image, speck, affine)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"hyper_limit": 0.5}, "raise `hyper_limit`"), ({"hyper": (1.01, 1.02)}, "not show")]
+)
+def test_bright_blobs_that_cannot_show(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_insert("blobs", hyper_share=1, **settings)(*make_subject())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,211 @@
+"""DAE against the published formulas (golden/dae/README.md), and the contract of a method."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common.methods.dae import DAE, DAEObjective, coarse_noise
+from common.networks.weight_standardised_unet import WeightStandardisedUNet
+
+GOLDEN = Path(__file__).parents[1] / "golden/dae/dae.npz"
+
+
+class Record(nn.Module):
+    """Remembers its input and returns it, times a factor."""
+
+    size_divisor = 1
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        self.seen = x
+        return self.factor * x
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as arrays:
+        return {key: torch.from_numpy(value) for key, value in arrays.items()}
+
+
+def tiny(channels=1, **settings):
+    torch.manual_seed(0)
+    detector = DAE(WeightStandardisedUNet(channels, (4, 8), (2, 2)), **settings).eval()
+    for parameter in detector.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return detector
+
+
+def slices(batch=3, channels=1, size=16):
+    image = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
+    image[..., :3, :] = 0
+    image[..., -2:] = 0
+    return image
+
+
+def test_noise_is_upsampled_with_aligned_corners_and_rolled(golden):
+    size, shifts = golden["x"].shape[2:], golden["shifts"].tolist()
+    unrolled = coarse_noise(golden["coarse_noise"], size, [0, 0])
+    torch.testing.assert_close(unrolled, golden["upsampled_align_corners_True"])
+    assert not torch.allclose(unrolled, golden["upsampled_align_corners_False_WRONG"], atol=1e-2)
+    torch.testing.assert_close(coarse_noise(golden["coarse_noise"], size, shifts), golden["rolled"])
+
+
+def test_noisy_input(golden, monkeypatch):
+    network = Record()
+    objective = DAEObjective(DAE(network), noise_resolutions=[4], noise_std=1.0)
+    shifts = iter([torch.tensor(0), golden["shifts"]])
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: golden["coarse_noise"].view(shape))
+    monkeypatch.setattr(torch, "randint", lambda *_: next(shifts))
+    objective(golden["x"])
+    torch.testing.assert_close(network.seen, golden["noisy_input"])
+
+
+def test_training_loss(golden):
+    objective = DAEObjective(DAE(Record()))
+    loss = objective.reconstruction_loss(golden["reconstruction"], golden["x"], golden["foreground"])
+    torch.testing.assert_close(loss, golden["train_loss"])
+
+
+@pytest.mark.parametrize(("median_size", "key"), [(5, "score_median5"), (1, "error_before_median")])
+def test_anomaly_map(golden, median_size, key):
+    detector = DAE(Record(), median_size=median_size)
+    result = detector.anomaly_map(golden["x"], golden["reconstruction"], golden["foreground"])
+    torch.testing.assert_close(result, golden[key])
+    assert result.max() > 0
+
+
+@pytest.mark.parametrize("rim_size", [1, 3, 5])
+def test_rim_of_the_foreground_is_left_out(rim_size):
+    image = torch.zeros(1, 1, 16, 16)
+    image[..., 4:12, 4:12] = 0.5
+    detection = DAE(Record(0.0), median_size=1, rim_size=rim_size).detect(image)
+    rim = rim_size // 2
+    expected = torch.zeros(1, 1, 16, 16)
+    expected[..., 4 + rim : 12 - rim, 4 + rim : 12 - rim] = 0.5
+    assert torch.equal(detection.anomaly_map, expected)
+
+
+def test_median_reflects_at_the_border():
+    # the window of the first row holds that row once and the second row twice
+    error = torch.zeros(1, 1, 8, 8)
+    error[:, :, [0, 3]] = 1.0
+    foreground = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    result = DAE(Record(), median_size=3, rim_size=1).anomaly_map(error, torch.zeros_like(error), foreground)
+    assert result.max() == 0
+    error[:, :, 1] = 1.0
+    result = DAE(Record(), median_size=3, rim_size=1).anomaly_map(error, torch.zeros_like(error), foreground)
+    assert result[..., 0, :].min() == 1
+
+
+def test_identity_finds_nothing():
+    detection = DAE(Record()).detect(slices())
+    assert (detection.anomaly_map == 0).all()
+    torch.testing.assert_close(detection.reconstruction, slices())
+    assert (detection.score == 0).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_detection(channels):
+    image = slices(channels=channels)
+    detection = tiny(channels).detect(image)
+    foreground = (image > 0).any(dim=1, keepdim=True)
+    assert detection.anomaly_map.shape == (3, 1, 16, 16)
+    assert detection.anomaly_map.min() >= 0
+    assert detection.anomaly_map.max() > 0
+    assert (detection.anomaly_map[~foreground] == 0).all()
+    assert detection.reconstruction.shape == image.shape
+    assert (detection.reconstruction * ~foreground == 0).all()
+    assert detection.reconstruction.min() >= 0
+    assert detection.reconstruction.max() <= 1
+
+
+def test_slice_gives_the_same_alone_and_in_any_batch():
+    detector, image = tiny(), slices()
+    together, reverse = detector.detect(image), detector.detect(image.flip(0))
+    torch.testing.assert_close(reverse.anomaly_map.flip(0), together.anomaly_map, atol=1e-5, rtol=0)
+    for index in range(len(image)):
+        alone = detector.detect(image[index : index + 1])
+        torch.testing.assert_close(alone.anomaly_map[0], together.anomaly_map[index], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.reconstruction[0], together.reconstruction[index], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.score[0], together.score[index], atol=1e-5, rtol=0)
+
+
+def test_detection_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    tiny_detector = tiny()
+    torch.set_rng_state(state)
+    first, second = tiny_detector.detect(slices()), tiny_detector.detect(slices())
+    assert torch.equal(first.anomaly_map, second.anomaly_map)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("size", [15, 18])
+def test_wrong_size_is_refused(size):
+    with pytest.raises(ValueError, match="multiples of 4"):
+        tiny().detect(torch.rand(1, 1, size, 16))
+
+
+def test_smallest_allowed_size_works():
+    detector = tiny()
+    side = detector.size_divisor
+    assert detector.detect(torch.rand(1, 1, side, side)).anomaly_map.shape == (1, 1, side, side)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_noise_falls_into_the_foreground_only(given):
+    network, image = Record(), slices(batch=2, channels=2, size=32)
+    foreground = torch.zeros(2, 1, 32, 32, dtype=torch.bool) if given else (image > 0).any(1, keepdim=True)
+    foreground[..., 10:20, 10:20] = True
+    torch.manual_seed(0)
+    losses = DAEObjective(DAE(network), noise_std=0.5)(image, foreground if given else None)
+    noise = network.seen - image
+    assert torch.equal((noise != 0).any(1, keepdim=True), foreground)
+    torch.testing.assert_close(losses["loss"], (noise**2).mean())
+
+
+@pytest.mark.parametrize(("loss", "power"), [("l1", 1), ("l2", 2)])
+def test_loss_is_the_mean_over_all_pixels_of_the_error_inside(loss, power):
+    image = torch.zeros(1, 1, 4, 4)
+    foreground = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    foreground[..., :2, :] = True
+    objective = DAEObjective(DAE(Record()), loss=loss)
+    assert objective.reconstruction_loss(image + 0.5, image, foreground).item() == pytest.approx(0.5**power / 2)
+
+
+def test_noise_has_the_published_strength():
+    network, image = Record(), torch.ones(32, 1, 128, 128)
+    torch.manual_seed(0)
+    DAEObjective(DAE(network))(image)
+    assert (network.seen - image).std().item() == pytest.approx(0.135, abs=0.005)
+
+
+def test_resolution_of_the_noise_is_drawn_per_batch():
+    network, image = Record(), torch.ones(1, 1, 8, 8)
+    objective = DAEObjective(DAE(network), noise_resolutions=(1, 8))
+    torch.manual_seed(0)
+    flat = 0
+    for _ in range(40):
+        objective(image)
+        flat += (network.seen == network.seen[0, 0, 0, 0]).all().item()  # one cell: the same everywhere
+    assert 10 < flat < 30
+
+
+def test_training_teaches_to_remove_the_noise():
+    torch.manual_seed(0)
+    detector = DAE(WeightStandardisedUNet(1, (8, 16), (2, 4)))
+    objective, image = DAEObjective(detector, noise_resolutions=(4,)), slices(4)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = objective(image)["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])

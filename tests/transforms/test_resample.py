@@ -1,0 +1,76 @@
+"""Resampling of a brain and its mask: no dark rim, no aliasing, an exact background, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from common.transforms.resample import ResampleForegroundd
+
+
+def resample(volume, brain, affine, spacing_mm=2.0):
+    transform = ResampleForegroundd("image", "foreground", (spacing_mm,) * 3)
+    image = MetaTensor(torch.as_tensor(volume, dtype=torch.float32)[None], affine=affine)
+    foreground = MetaTensor(torch.as_tensor(brain)[None], affine=affine)
+    return transform, transform({"image": image, "foreground": foreground})
+
+
+@pytest.mark.parametrize("spacing_mm", [(0.9, 0.9, 3.0), (1.0, 1.0, 1.0), (2.5, 2.0, 4.0)])
+def test_rim_is_as_bright_as_the_middle(spacing_mm, phantom):
+    shape, affine = phantom.grid(spacing_mm)
+    _, brain, _ = phantom.on_grid(shape, affine)
+    _, result = resample(70.0 * brain, brain, affine)
+    values, inside = result["image"].as_tensor(), result["foreground"].as_tensor()
+    assert inside.dtype == torch.bool
+    torch.testing.assert_close(values[inside], torch.full_like(values[inside], 70.0), rtol=1e-4, atol=0)
+    assert not values[~inside].any()
+    assert float(inside.sum()) * 8 == pytest.approx(brain.sum() * np.prod(spacing_mm), rel=0.03)
+
+
+def test_image_and_foreground_share_the_new_grid(phantom):
+    shape, affine = phantom.grid((0.9, 1.4, 3.0))
+    volume, brain, _ = phantom.on_grid(shape, affine)
+    _, result = resample(volume, brain, affine)
+    assert result["image"].shape == result["foreground"].shape
+    assert np.allclose(result["image"].affine, result["foreground"].affine)
+    assert np.allclose(result["image"].pixdim, 2)
+
+
+def test_values_stay_at_their_place(phantom):
+    shape, affine = phantom.grid((1.0, 1.0, 1.0))
+    volume, brain, _ = phantom.on_grid(shape, affine)
+    _, result = resample(volume, brain, affine)
+    image = result["image"]
+    expected, deep, _ = phantom.on_grid(image.shape[1:], np.asarray(image.affine))
+    both = deep & result["foreground"][0].numpy()
+    error = np.abs(image[0].numpy() - expected)[both] / expected.max()
+    assert error.mean() < 0.01
+    assert error.max() < 0.1
+
+
+def test_same_spacing_changes_nothing(phantom):
+    shape, affine = phantom.grid()
+    volume, brain, _ = phantom.on_grid(shape, affine)
+    _, result = resample(volume, brain, affine)
+    torch.testing.assert_close(result["image"].as_tensor()[0], torch.from_numpy(volume), rtol=1e-5, atol=1e-3)
+    assert np.array_equal(result["foreground"][0], brain)
+
+
+def test_stripes_finer_than_the_target_become_grey(phantom):
+    shape, affine = phantom.grid((0.5, 2.0, 2.0))
+    _, brain, _ = phantom.on_grid(shape, affine)
+    stripes = np.where(np.indices(shape)[0] % 2, 100.0, 0.0) * brain
+    _, result = resample(stripes, brain, affine)
+    inside = result["foreground"].as_tensor()
+    assert float((result["image"].as_tensor()[inside] - 50).abs().mean()) < 5
+
+
+def test_inverse_gives_the_grid_back(phantom):
+    shape, affine = phantom.grid((0.9, 0.9, 3.0))
+    volume, brain, _ = phantom.on_grid(shape, affine)
+    transform, result = resample(volume, brain, affine)
+    back = transform.inverse({"image": result["image"]})["image"]
+    assert back.shape == (1, *shape)
+    assert np.allclose(back.affine, affine)
