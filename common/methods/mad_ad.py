@@ -9,13 +9,12 @@ Where the paper and its code disagree, see the options of `MADAD` and the commen
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers import GaussianFilter
-from torch import Tensor, nn
+from monai.networks.layers import gaussian_1d, separable_filtering
+from torch import Tensor
 
 from ..networks.latent_space import LatentSpace
 from ..networks.masked_unet import MaskedDiffusionUNet
@@ -34,7 +33,7 @@ class MADAD(AnomalyDetector):
             autoencoder's own error cancels). "input": |D(z_corrected) - x| (eq. 8 as printed). "latent" and "mask" are
             the ablations: mean latent difference, mean predicted mask over the steps.
         gamma: clip of the image difference, in [0, 1] units; 0.125 is the published code's 0.25 on [-1, 1].
-        sigma_px: Gaussian smoothing of the map; 5 in the code at 256 px, so about 2 at 96 px; 0 for none.
+        sigma_px: Gaussian smoothing of the map; 5 in the code at 1 mm, so 2.5 at 2 mm; 0 for none.
     """
 
     def __init__(
@@ -54,9 +53,7 @@ class MADAD(AnomalyDetector):
         self.num_inference_steps = num_inference_steps
         self.map_kind = map_kind
         self.gamma = gamma
-        # as SciPy's, which is published: sampled kernel, mirrored border (MONAI pads with zeros, which dims the border)
-        self.smooth = GaussianFilter(2, sigma_px, truncated=4.0, approx="sampled") if sigma_px else nn.Identity()
-        self.margin = math.ceil(4.0 * sigma_px)
+        self.sigma_px = sigma_px
         self.size_divisor = latent_space.downsampling * unet.size_divisor
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -73,10 +70,16 @@ class MADAD(AnomalyDetector):
         return self.smoothed(anomaly_map), reconstruction
 
     def smoothed(self, anomaly_map: Tensor) -> Tensor:
-        """Gaussian filter with a mirrored border, (B, 1, H, W) -> (B, 1, H, W)."""
-        height, width = anomaly_map.shape[2:]
-        margin = self.margin
-        return self.smooth(mirror(anomaly_map, margin))[..., margin : margin + height, margin : margin + width]
+        """Gaussian filter as SciPy's, which is published: sampled kernel, mirrored border. (B, 1, H, W) -> same.
+
+        MONAI's `GaussianFilter` pads with zeros and keeps sigma in the weights, where a config could not change it.
+        """
+        if self.sigma_px == 0:
+            return anomaly_map
+        kernel = gaussian_1d(torch.tensor(self.sigma_px), truncated=4.0, approx="sampled", normalize=True)
+        margin = len(kernel) // 2
+        smooth = separable_filtering(mirror(anomaly_map, margin), [kernel.to(anomaly_map)] * 2)
+        return smooth[..., margin:-margin, margin:-margin]
 
     def correct(self, z: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """The reverse process from the input's own latent, without forward noise (eq. 5 to 7).

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from monai.bundle import ConfigParser
 
 from common.bundle import BUNDLES_DIR, run_inference
@@ -84,9 +83,3 @@ def monai_says(bundle, cohort, tmp_path_factory):
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads((work / "result.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _no_gradients():
-    with torch.no_grad():
-        yield

@@ -33,6 +33,7 @@ def test_calibrated_on_enough_subjects(network):
     assert float(calibration.score_quantiles[-1]) > 0
 
 
+@torch.no_grad()
 def test_every_network_matters(network, slab, slab_prediction):
     """A part whose weights were never loaded, or are zero, would not be missed by a strict load."""
     parts = [name for name, part in network.detector.named_children() if list(part.parameters())]
