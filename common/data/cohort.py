@@ -36,7 +36,7 @@ def read_cohort(
     split: Split | None = None,
     healthy: bool | None = None,
 ) -> list[dict[str, object]]:
-    """The rows of a cohort CSV as a datalist: subject, image (path, or one path per modality), brain, lesion.
+    """The rows of a cohort CSV as a datalist: subject, image (path, or one per modality), brain and lesion if given.
 
     The columns are `subject`, `split`, one per modality, and optionally `brain` and `lesion` (empty: none; a subject
     without `lesion` is healthy). Paths are relative to the CSV.
@@ -61,7 +61,7 @@ def read_cohort(
     check_subjects(path, [row["subject"] for row in rows])
     datalist = [_item(path, row, modalities) for row in rows if split in (None, row["split"])]
     if healthy is not None:
-        datalist = [item for item in datalist if (item["lesion"] is None) is healthy]
+        datalist = [item for item in datalist if ("lesion" not in item) is healthy]
     if not datalist:
         raise CohortError(path, f"no row with split={split}, healthy={healthy}", "check the columns split and lesion")
     return datalist
@@ -84,9 +84,6 @@ def _item(path: Path, row: dict[str, str], modalities: Sequence[str]) -> dict[st
     images = [resolve(modality) for modality in modalities]
     if None in images:
         raise CohortError(path, f"subject {row['subject']!r} lacks an image", f"give all of {', '.join(modalities)}")
-    return {
-        "subject": row["subject"],
-        "image": images[0] if len(images) == 1 else images,
-        "brain": resolve("brain"),
-        "lesion": resolve("lesion"),
-    }
+    item: dict[str, object] = {"subject": row["subject"], "image": images[0] if len(images) == 1 else images}
+    masks = {column: resolve(column) for column in ("brain", "lesion")}
+    return item | {column: path for column, path in masks.items() if path}  # MONAI's collation takes no None

@@ -26,12 +26,12 @@ MAX_NOISY_AIR = 0.05
 class BrainMaskd(MapTransform):
     """Add the brain mask of a skull-stripped image, (1, H, W, D) bool; refuse an image that is not stripped.
 
-    The mask is the largest connected component of the non-zero voxels with its holes filled, so that a black lesion
-    or ventricle belongs to the brain.
+    A mask that is there already is applied to the image instead. Else the mask is the largest connected component of
+    the non-zero voxels with its holes filled, so that a black lesion or ventricle belongs to the brain.
 
     Args:
         keys: one image; with several channels a voxel counts where any channel is non-zero.
-        mask_key: where the mask is put.
+        mask_key: where the mask is, or is put.
     """
 
     def __init__(self, keys: KeysCollection, mask_key: str = "brain") -> None:
@@ -42,10 +42,23 @@ class BrainMaskd(MapTransform):
         """Return the data with the mask. Raises SkullStripError."""
         result = dict(data)
         image = result[self.keys[0]]
-        mask = brain_mask(image)
-        check_stripped(image, mask)
+        if self.mask_key in result:
+            mask = given_mask(result[self.mask_key], image)
+            result[self.keys[0]] = image * mask.as_tensor()
+        else:
+            mask = brain_mask(image)
+            check_stripped(image, mask)
         result[self.mask_key] = mask
         return result
+
+
+def given_mask(mask: MetaTensor, image: MetaTensor) -> MetaTensor:
+    """A brain mask that came with the image, as bool. Raises SkullStripError where it is empty or on another grid."""
+    if mask.shape[1:] != image.shape[1:] or not np.allclose(mask.affine, image.affine, atol=1e-3):
+        raise SkullStripError(source_name(mask), "the brain mask is on another grid", "resample it to the image's grid")
+    if not mask.any():
+        raise SkullStripError(source_name(mask), "the brain mask is empty", "give a mask of the brain, or none")
+    return MetaTensor(mask.as_tensor() > 0, meta=dict(image.meta))
 
 
 def brain_mask(image: MetaTensor) -> MetaTensor:

@@ -21,9 +21,9 @@ from .resample import ResampleForegroundd
 class BrainPreprocessing(Compose):
     """Load, check, find the brain, RAS, spacing, crop to the brain, scale, pad.
 
-    In: `image`, a file or an image in memory. Out: `image` (C, H, W, D) float32, brain in (0, 1], else exactly 0; and,
-    on the input's own grid, `input` as it was loaded and `brain` (1, h, w, d) bool. `Invertd` undoes it on a map of
-    the shape of `image`.
+    In: `image`, a file or an image in memory, and `brain`, its mask, if there is one. Out: `image` (C, H, W, D)
+    float32, brain in (0, 1], else exactly 0; and, on the input's own grid, `input` as it was loaded and `brain`
+    (1, h, w, d) bool. `Invertd` undoes it on a map of the shape of `image`.
 
     Args:
         spacing_mm: isotropic spacing of the network's grid.
@@ -37,6 +37,7 @@ class BrainPreprocessing(Compose):
         super().__init__(
             [
                 LoadImageCheckedd(image),
+                LoadImageCheckedd("brain", allow_missing_keys=True),
                 EnsureTyped(image),
                 CheckVolumed(image, channels),
                 BrainMaskd(image, mask_key="brain"),

@@ -75,3 +75,20 @@ def test_nothing_above_zero(stripped):
     volume, _, affine = stripped
     with pytest.raises(SkullStripError, match="above zero"):
         brain_mask(make_image(-volume - 1, affine))
+
+
+def test_given_mask_is_applied_and_the_image_need_not_be_stripped(stripped):
+    volume, brain, affine = stripped
+    head = make_image(volume + 5.0, affine)
+    result = BrainMaskd("image")({"image": head, "brain": make_image(brain * 2.0, affine)})
+    assert np.array_equal(result["brain"][0], brain)
+    assert not result["image"][0][~torch.from_numpy(brain)].any()
+    assert torch.equal(result["image"][0][torch.from_numpy(brain)], head[0][torch.from_numpy(brain)])
+
+
+@pytest.mark.parametrize(("change", "fact"), [("grid", "another grid"), ("empty", "empty")])
+def test_given_mask_that_cannot_be_used_is_refused(stripped, change, fact):
+    volume, brain, affine = stripped
+    mask = make_image(brain * (change != "empty"), affine + (change == "grid") * np.eye(4, k=3))
+    with pytest.raises(SkullStripError, match=fact):
+        BrainMaskd("image")({"image": make_image(volume, affine), "brain": mask})
