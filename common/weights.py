@@ -9,7 +9,7 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import BundleError
 from .files import replacing
@@ -30,6 +30,16 @@ def load_weights(path: str | Path | None) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BundleError(path, "not a weights file (no state dict of tensors)", "give the bundle's models/model.pt")
     return state
+
+
+def load_into(module: nn.Module, path: str | Path) -> None:
+    """Read a state dict into a module, strictly. Raises BundleError where the file or its names do not fit."""
+    try:
+        module.load_state_dict(load_weights(path))
+    except RuntimeError as error:
+        cause = str(error).splitlines()[-1]
+        fact = f"the weights do not fit the network ({cause})"
+        raise BundleError(path, fact, "use those of this bundle and config") from None
 
 
 def save_weights(state_dict: Mapping[str, Tensor], path: str | Path) -> None:

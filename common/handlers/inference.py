@@ -9,10 +9,9 @@ from typing import Any
 from ignite.engine import Engine, Events
 
 from ..engines import cases
-from ..errors import BundleError
 from ..networks.volume import VolumeDetector
 from ..report.case import Case, write_case
-from ..weights import load_weights, sha256
+from ..weights import load_into, sha256
 
 
 class LoadWeights:
@@ -28,14 +27,7 @@ class LoadWeights:
 
     def __call__(self, engine: Engine) -> None:
         """Load."""
-        state = load_weights(self.path)
-        try:
-            self.network.load_state_dict(state)
-        except RuntimeError as error:
-            cause = str(error).splitlines()[-1]
-            raise BundleError(
-                self.path, f"the weights do not fit the network ({cause})", "use the bundle's own"
-            ) from None
+        load_into(self.network, self.path)
         self.network.eval()
 
 

@@ -22,7 +22,7 @@ from ..distributed import is_main_process
 from ..files import replacing
 from ..networks.latent_space import LatentSpace
 from ..networks.volume import VolumeDetector
-from ..weights import load_weights, save_weights
+from ..weights import load_into, save_weights
 
 
 class ExponentialMovingAverage(AveragedModel):
@@ -111,8 +111,25 @@ def _epoch(path: Path) -> int:
     return int(found[1]) if found else -1
 
 
-class SaveWeights:
-    """Write the bundle's weights when training completes: the network with the averaged detector, in half precision.
+class _WhenCompleted:
+    """A handler that writes something when training completes, from one process only."""
+
+    def attach(self, engine: Engine) -> None:
+        """Add the handler to a trainer."""
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write."""
+        if is_main_process():
+            self.write()
+
+    def write(self) -> None:
+        """What a subclass does."""
+        raise NotImplementedError
+
+
+class SaveWeights(_WhenCompleted):
+    """Write the bundle's weights: the network with the averaged detector, in half precision.
 
     Args:
         network: the `VolumeDetector`.
@@ -125,22 +142,16 @@ class SaveWeights:
         self.average = average
         self.path = path
 
-    def attach(self, engine: Engine) -> None:
-        """Add the handler to a trainer."""
-        engine.add_event_handler(Events.COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Write the file, from one process only."""
-        if not is_main_process():
-            return
+    def write(self) -> None:
+        """Write the file."""
         state = self.network.state_dict()
         averaged = self.average.module.detector.state_dict()
         state.update({f"detector.{name}": value for name, value in averaged.items()})
         save_weights(state, self.path)
 
 
-class SaveAutoencoder:
-    """Write a latent space when the autoencoder's training completes, its scale fitted on the training images.
+class SaveAutoencoder(_WhenCompleted):
+    """Write a latent space, its scale fitted on the training images.
 
     Args:
         latent_space: holds the trained autoencoder.
@@ -157,14 +168,8 @@ class SaveAutoencoder:
         self.dataset = dataset
         self.path = path
 
-    def attach(self, engine: Engine) -> None:
-        """Add the handler to a trainer."""
-        engine.add_event_handler(Events.COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Fit the scale and write the file, from one process only."""
-        if not is_main_process():
-            return
+    def write(self) -> None:
+        """Fit the scale and write the file."""
         space = self.latent_space
         space.autoencoder.load_state_dict(self.average.module.autoencoder.state_dict())
         device = space.scale.device
@@ -179,7 +184,7 @@ class SaveAutoencoder:
 
 def load_latent_space(latent_space: LatentSpace, path: str, device: torch.device) -> LatentSpace:
     """The latent space with the weights of the autoencoder stage. Raises BundleError."""
-    latent_space.load_state_dict(load_weights(path))
+    load_into(latent_space, path)
     return latent_space.to(device)
 
 

@@ -202,8 +202,8 @@ class MADADObjective(TrainingObjective):
 
 def random_subset(n: int, counts: Tensor) -> Tensor:
     """(B, n) in {0, 1}: in row b a uniformly random subset of counts[b] ones. counts: (B, 1)."""
-    ranks = torch.rand(len(counts), n, device=counts.device).argsort(dim=1).argsort(dim=1)
-    return (ranks < counts).float()
+    shuffled = torch.rand(len(counts), n, device=counts.device).argsort(dim=1)
+    return (shuffled < counts).float()
 
 
 def expand_patches(patches: Tensor, grid: tuple[int, int], sides: tuple[int, int]) -> Tensor:
