@@ -33,7 +33,7 @@ class AnomalyDetector(nn.Module):
 
     @torch.no_grad()
     def detect(self, image: Tensor, foreground: Tensor | None = None, seeds: Tensor | None = None) -> Detection:
-        """Find what is abnormal in a batch of slices; every slice is treated as if it were alone.
+        """Find what is abnormal in a batch of slices; every slice is treated as if it were alone. Call `eval()` first.
 
         image: (B, C, H, W) float, foreground in (0, 1], background exactly 0.
         foreground: (B, 1, H, W) bool, where anomalies are looked for; default: any channel > 0.
