@@ -19,10 +19,17 @@ def sample_dir() -> str:
 
 
 def image_list(image: str | Path | Sequence[str | Path]) -> list[dict[str, object]]:
-    """A datalist of a file, of several, or of the NIfTI files of a folder. Nothing is opened here."""
+    """A datalist of a file, of several, or of the NIfTI files of a folder. Nothing is opened here.
+
+    Raises CohortError where two files would be written to the same case folder.
+    """
     if isinstance(image, (str, Path)):
         image = sorted(Path(image).glob("*.nii*")) or [image]
-    return [{"subject": case_name(path), "image": str(path)} for path in image]
+    names = [case_name(path) for path in image]
+    for name, path in zip(names, image, strict=True):
+        if names.count(name) > 1:
+            raise CohortError(path, f"another image is named {name!r} too", "rename it, or give it a folder of its own")
+    return [{"subject": name, "image": str(path)} for name, path in zip(names, image, strict=True)]
 
 
 def case_name(path: str | Path) -> str:
@@ -35,6 +42,7 @@ def read_cohort(
     modalities: Sequence[str],
     split: Split | None = None,
     healthy: bool | None = None,
+    allow_empty: bool = False,
 ) -> list[dict[str, object]]:
     """The rows of a cohort CSV as a datalist: subject, image (path, or one per modality), brain and lesion if given.
 
@@ -44,6 +52,7 @@ def read_cohort(
     Args:
         split: only rows of this split.
         healthy: only healthy subjects, or only those with a lesion.
+        allow_empty: return an empty datalist where nothing is left.
     Raises CohortError where a column is missing, a subject appears twice or in two splits, or nothing is left.
     """
     path = Path(cohort)
@@ -62,7 +71,7 @@ def read_cohort(
     datalist = [_item(path, row, modalities) for row in rows if split in (None, row["split"])]
     if healthy is not None:
         datalist = [item for item in datalist if ("lesion" not in item) is healthy]
-    if not datalist:
+    if not datalist and not allow_empty:
         raise CohortError(path, f"no row with split={split}, healthy={healthy}", "check the columns split and lesion")
     return datalist
 

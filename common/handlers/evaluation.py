@@ -161,8 +161,10 @@ def load_lesion(path: str, brain: MetaTensor) -> MetaTensor:
 
 def fit_mean_image(
     data: Sequence[dict[str, Any]], transform: Callable[[dict[str, Any]], dict[str, Any]]
-) -> MeanHealthyImage:
-    """The mean healthy image of prepared training subjects."""
+) -> MeanHealthyImage | None:
+    """The mean healthy image of prepared training subjects; None where the cohort has none."""
+    if not data:
+        return None
 
     def volumes() -> Iterator[tuple[Tensor, Tensor]]:
         for item in data:

@@ -147,3 +147,12 @@ def test_image_list_of_a_file_of_several_and_of_a_folder(tmp_path):
 
 def test_sample_is_shipped():
     assert subjects(image_list(sample_dir())) == ["mni152_lesions_T1", "mni152_lesions_mask"]
+
+
+def test_two_images_of_one_name_are_refused():
+    with pytest.raises(CohortError, match="named 'T1' too"):
+        image_list(["a/T1.nii.gz", "b/T1.nii.gz"])
+
+
+def test_nothing_left_may_be_allowed(tmp_path):
+    assert read_cohort(write(tmp_path), ["T1"], split="val", healthy=False, allow_empty=True) == []
