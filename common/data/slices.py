@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -49,7 +50,10 @@ class SliceDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image = self.images[index].float()
         item = {"image": image, "foreground": (image > 0).any(dim=0, keepdim=True)}
-        return item if self.augmentation is None else self.augmentation(item)
+        if self.augmentation is None:
+            return item
+        # MONAI's transforms return MetaTensors, whose affines after a flip do not collate
+        return {key: convert_to_tensor(value, track_meta=False) for key, value in self.augmentation(item).items()}
 
 
 class LatentDataset(Dataset):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ from ..methods.base import foreground_of
 from ..metrics import DetectionMetrics, MeanHealthyImage, intensity_threshold
 from ..metrics.histograms import bin_index, bin_lower_edge
 from ..networks.volume import VolumeDetector
-from ..report.case import PACKAGES, volume_score
+from ..report.case import versions, volume_score
 from ..transforms.check import LoadImageCheckedd
 from ..weights import load_weights, save_weights, sha256
 
@@ -141,7 +140,7 @@ class Evaluate:
             "threshold": self.network.calibration.threshold.item(),
             "weights_sha256": sha256(self.weights),
             "seed": seed,
-            "versions": {name: version(name) for name in ("uad-bundles", *PACKAGES)},
+            "versions": versions(),
         }
         with replacing(self.result) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -47,18 +47,22 @@ class SaveDetections:
         self.weights = weights
         self.bundle = bundle
         self._started = 0.0
+        self._digest = ""
 
     def attach(self, engine: Engine) -> None:
         """Add the handler to an evaluator."""
+        engine.add_event_handler(Events.STARTED, self._read_digest)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _read_digest(self, engine: Engine) -> None:
+        self._digest = sha256(self.weights)  # once: the file is the same for all cases
 
     def _start(self, engine: Engine) -> None:
         self._started = time.perf_counter()
 
     def __call__(self, engine: Engine) -> None:
         """Write the cases of the batch."""
-        digest = sha256(self.weights)
         for batch, output in cases(engine):
             case = Case(
                 subject=str(batch["subject"]),
@@ -68,13 +72,13 @@ class SaveDetections:
                 reconstruction=output["reconstruction"],
                 segmentation=output["segmentation"],
             )
-            run = self._run(engine, batch, digest)
+            run = self._run(engine, batch)
             write_case(self.output_dir / case.subject, case, output["threshold"], self.network.calibration, run)
 
-    def _run(self, engine: Any, batch: dict[str, Any], digest: str) -> dict[str, Any]:
+    def _run(self, engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
         return {
             "bundle": self.bundle,
-            "weights_sha256": digest,
+            "weights_sha256": self._digest,
             "input_sha256": sha256(batch["input"].meta["filename_or_obj"]),
             "seed": self.network.seed,
             "device": str(engine.state.device),

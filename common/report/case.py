@@ -22,8 +22,6 @@ from ..methods.base import top_mean
 from ..transforms.check import voxel_volume_ml
 from .preview import save_preview
 
-PACKAGES = ("torch", "monai", "numpy", "nibabel")
-
 
 @dataclass(frozen=True)
 class Case:
@@ -40,6 +38,11 @@ class Case:
     def affine(self) -> np.ndarray:
         """Voxel to world (RAS, mm), exactly the input's."""
         return np.asarray(self.image.affine, dtype=np.float64)
+
+
+def versions() -> dict[str, str]:
+    """What a result was made with: this project and the packages that numbers depend on."""
+    return {name: version(name) for name in ("uad-bundles", "torch", "monai", "numpy", "nibabel")}
 
 
 def volume_score(anomaly_map: torch.Tensor, brain: torch.Tensor) -> float:
@@ -127,6 +130,6 @@ def describe(case: Case, threshold: float, calibration: Calibration, lesions: li
         "abnormal_share": share,
         "lesions": len(lesions),
         "lesion_volume_ml": round(sum(lesion["volume_ml"] for lesion in lesions), 4),
-        "versions": {name: version(name) for name in ("uad-bundles", *PACKAGES)},
+        "versions": versions(),
         "warnings": warnings,
     }
