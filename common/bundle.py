@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,29 +43,74 @@ def available_bundles() -> list[str]:
     return sorted(path.parent.parent.name for path in BUNDLES_DIR.glob("*/configs/metadata.json"))
 
 
-def run_inference(name: str, configs: list[str], **override: Any) -> None:
-    """Run the evaluator of a bundle's configs, in this process. Raises UADError where an input is to blame.
+def metadata(name: str) -> dict[str, Any]:
+    """The `metadata.json` of a bundle of this repository. Raises BundleError."""
+    if name not in available_bundles():
+        raise BundleError(name, "no such bundle", f"choose one of {', '.join(available_bundles())}")
+    return json.loads((BUNDLES_DIR / name / "configs" / "metadata.json").read_text(encoding="utf-8"))
+
+
+def describe_bundle(name: str) -> dict[str, Any]:
+    """What a user chooses a bundle by. Raises BundleError."""
+    about, weights = metadata(name), BUNDLES_DIR / name / "models" / "model.pt"
+    keys = ("title", "modalities", "space", "run_time", "weights_license", "version")
+    size = {"weights_mb": round(weights.stat().st_size / 1e6, 1) if weights.is_file() else None}
+    return {"key": name, **{key: about[key] for key in keys}, **size}
+
+
+def load_workflow(name: str, configs: list[str], workflow_type: str = "infer", **override: Any) -> ConfigWorkflow:
+    """A bundle's configs as MONAI's workflow, not yet initialised. Raises BundleError.
 
     Args:
         configs: names in the bundle's `configs`, merged in this order.
-        override: config items by their id.
+        override: config items by their id. MONAI evaluates text that begins with "$": never pass a file name as it is.
     """
-    if name not in available_bundles():
-        raise BundleError(name, "no such bundle", f"choose one of {', '.join(available_bundles())}")
+    metadata(name)
     root = BUNDLES_DIR / name
+    return ConfigWorkflow(
+        config_file=[str(root / "configs" / config) for config in configs],
+        meta_file=str(root / "configs" / "metadata.json"),
+        logging_file=False,
+        workflow_type=workflow_type,
+        bundle_root=str(root),
+        **override,
+    )
+
+
+@contextmanager
+def typed_errors() -> Iterator[None]:
+    """Raise the UADError inside MONAI's RuntimeErrors, where an input is to blame."""
     try:
-        workflow = ConfigWorkflow(
-            config_file=[str(root / "configs" / config) for config in configs],
-            meta_file=str(root / "configs" / "metadata.json"),
-            logging_file=False,
-            workflow_type="infer",
-            bundle_root=str(root),
-            **override,
-        )
-        workflow.initialize()
-        workflow.parser.get_parsed_content("evaluator").run()
+        yield
     except Exception as error:
         cause = root_cause(error)
         if cause is error:
             raise
         raise cause from None
+
+
+def run_inference(name: str, configs: list[str], **override: Any) -> None:
+    """Run the evaluator of a bundle's configs, in this process. Raises UADError where an input is to blame."""
+    with typed_errors():
+        workflow = load_workflow(name, configs, **override)
+        workflow.initialize()
+        workflow.parser.get_parsed_content("evaluator").run()
+
+
+def run_training(name: str, cohort: Path, output_dir: Path) -> Path:
+    """Run the stages of a bundle's training in their order, then its calibration; return the weights.
+
+    A stage that was interrupted goes on from its last epoch; one that is finished is not run again.
+    Raises UADError where an input is to blame.
+    """
+    paths = {"cohort": str(cohort.resolve()), "output_dir": str(output_dir.resolve())}
+    weights = output_dir / "model.pt"
+    stages = {"train_autoencoder.json": output_dir / "model_autoencoder.pt", "train.json": weights}
+    with typed_errors():
+        for config, result in stages.items():
+            if (BUNDLES_DIR / name / "configs" / config).is_file() and not result.is_file():
+                workflow = load_workflow(name, [config], "train", **paths)
+                workflow.initialize()
+                workflow.run()
+    run_inference(name, ["inference.json", "calibrate.json"], weights=str(weights.resolve()), **paths)
+    return weights

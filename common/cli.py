@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .bundle import available_bundles, run_inference
+from .batch import detect_cases
+from .bundle import (
+    available_bundles,
+    describe_bundle,
+    load_workflow,
+    metadata,
+    run_inference,
+    run_training,
+    typed_errors,
+)
+from .data.cases import find_cases
 from .errors import UADError
+from .prepare import prepare_cohort
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 FAILED = 3
+
+
+class Format(StrEnum):
+    """What `detect` writes."""
+
+    NIFTI = "nifti"
+    DICOM_SEG = "dicom-seg"
+
+
+class Strip(StrEnum):
+    """How to find the brain in a scan of a head."""
+
+    ATLAS = "atlas"
+    HD_BET = "hd-bet"
 
 
 def _known(method: str) -> str:
@@ -23,8 +54,33 @@ def _known(method: str) -> str:
     return method
 
 
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise typer.BadParameter(f"{name!r} is none of auto, cpu, cuda, cuda:0, ...")
+    return name
+
+
+def _part(text: str | None) -> str | None:
+    if text is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise typer.BadParameter(f"{text!r} is not like 1/8, ..., 8/8")
+    return text
+
+
 Method = Annotated[
     str, typer.Option("-m", "--method", help=f"One of {', '.join(available_bundles())}.", callback=_known)
+]
+Cohort = Annotated[Path, typer.Argument(help="CSV with the columns subject, split, the modalities, brain, lesion.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", callback=_device)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Slices at a time; changes memory and speed only.")]
+Weights = Annotated[Path | None, typer.Option(help="Your own weights instead of the bundle's.")]
+StripHow = Annotated[
+    Strip | None, typer.Option(help="Find the brain in a scan with the skull on: atlas (approximate), or hd-bet.")
+]
+Register = Annotated[
+    bool | None, typer.Option("--register/--no-register", help="Work in MNI152 space. Default: what the bundle wants.")
 ]
 
 
@@ -35,46 +91,136 @@ def main() -> None:
 
 @app.command()
 def detect(
-    image: Annotated[list[Path], typer.Argument(help="NIfTI files, or a folder of them; skull-stripped T1.")],
+    image: Annotated[
+        list[Path],
+        typer.Argument(help="NIfTI, NRRD, MetaImage files; a folder of them; a DICOM folder; BIDS; a cohort CSV."),
+    ],
     method: Method,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results, one folder a case.")],
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Slices at a time; changes memory and speed only.")] = 16,
+    brain_mask: Annotated[Path | None, typer.Option(help="Mask of the brain, on the grid of the image.")] = None,
+    strip: StripHow = None,
+    register: Register = None,
+    series: Annotated[str | None, typer.Option(help="UID or description of the DICOM series to take.")] = None,
+    participant_label: Annotated[list[str] | None, typer.Option(help="Of a BIDS dataset; may be repeated.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    batch_size: BatchSize = 16,
+    weights: Weights = None,
+    part: Annotated[
+        str | None, typer.Option(help="i/n: the i-th of n parts of the cases. SLURM's array is read.", callback=_part)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
+    output_format: Annotated[
+        Format, typer.Option("--format", help="dicom-seg: for DICOM input write DICOM objects too.")
+    ] = Format.NIFTI,
 ) -> None:
-    """Write an anomaly map, a segmentation and a pseudo-healthy reconstruction of each scan, on its own grid."""
-    paths = [str(path) for path in image]
-    _run(
-        method,
-        ["inference.json"],
-        image=paths[0] if len(paths) == 1 else paths,
-        output_dir=str(output),
-        network_def__seed=seed,
-        network_def__batch_size=batch_size,
-    )
+    """Write an anomaly map, a segmentation and a pseudo-healthy reconstruction of each scan, on its own grid.
+
+    Finished cases are skipped, a bad case does not stop the others; OUTPUT/status.tsv says what became of each.
+    """
+    with _one_line_errors():
+        mask = None if brain_mask is None else str(brain_mask)
+        items = find_cases(image, metadata(method)["modalities"], mask, series, participant_label or ())
+        override = _override(seed, device, weights, strip, register)
+        override |= {"network_def::batch_size": batch_size, "handlers::1::dicom": output_format is Format.DICOM_SEG}
+        with typed_errors():
+            workflow = load_workflow(method, ["inference.json"], output_dir=str(output.resolve()), **override)
+            workflow.initialize()
+            failed = detect_cases(workflow, items, _chosen_part(part), overwrite)
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def prepare(
+    cohort: Cohort,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the prepared cohort.")],
+    spacing_mm: Annotated[float, typer.Option(min=0.5, max=10, help="Of the grid of the bundles to be trained.")] = 2.0,
+    strip: StripHow = None,
+    register: Annotated[bool, typer.Option("--register/--no-register", help="Bring everything to MNI152.")] = False,
+) -> None:
+    """Check, strip, register, resample and scale a cohort once, so that training reads it fast. Resumable."""
+    with _one_line_errors(), typed_errors():
+        failed = prepare_cohort(cohort, output, spacing_mm, register, strip and strip.value)
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def train(
+    method: Annotated[str, typer.Argument(help=f"One of {', '.join(available_bundles())}.", callback=_known)],
+    cohort: Cohort,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for checkpoints, logs and model.pt.")],
+) -> None:
+    """Train a bundle on the healthy subjects of a cohort, stage by stage, and calibrate it. Resumable."""
+    with _one_line_errors():
+        weights = run_training(method, cohort, output)
+    print(f"{weights}: trained and calibrated; use it with --weights")
 
 
 @app.command()
 def evaluate(
-    cohort: Annotated[Path, typer.Argument(help="CSV with the columns subject, split, T1, lesion.")],
+    cohort: Cohort,
     method: Method,
     output: Annotated[Path, typer.Option("-o", "--output", help="The result, a JSON file.")],
-    seed: Annotated[int, typer.Option(help="Of the method and of the bootstrap.")] = 0,
+    strip: StripHow = None,
+    register: Register = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    weights: Weights = None,
 ) -> None:
     """Measure a method on the test subjects of a labelled cohort, beside the baselines that cost nothing."""
-    _run(
-        method,
-        ["inference.json", "evaluate.json"],
-        cohort=str(cohort),
-        result=str(output),
-        network_def__seed=seed,
+    with _one_line_errors():
+        override = _override(seed, device, weights, strip, register)
+        paths = {"cohort": str(cohort.resolve()), "result": str(output.resolve())}
+        run_inference(method, ["inference.json", "evaluate.json"], **paths, **override)
+
+
+@app.command("list")
+def list_bundles(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """The bundles, with modality, size and licence of the weights, and run time."""
+    bundles = [describe_bundle(name) for name in available_bundles()]
+    if as_json:
+        print(json.dumps(bundles, indent=2))
+        return
+    for bundle in bundles:
+        print(f"{bundle['key']}: {bundle['title']}")
+        print(f"    {', '.join(bundle['modalities'])}, {bundle['space']} space; {bundle['run_time']}")
+        print(f"    weights {bundle['weights_mb']} MB, {bundle['weights_license']}")
+
+
+def _override(
+    seed: int, device: str, weights: Path | None, strip: Strip | None, register: bool | None
+) -> dict[str, Any]:
+    """Config items for options that several commands share; what is not given stays as the bundle has it."""
+    given = {
+        "device": None if device == "auto" else f"$torch.device('{device}')",
+        "weights": weights and str(weights.resolve()),  # resolved, so that MONAI takes no file name for an expression
+        "preprocessing::strip": strip and strip.value,
+        "preprocessing::register": register,
+    }
+    return {"network_def::seed": seed, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _chosen_part(text: str | None) -> tuple[int, int]:
+    """(i, n) of `--part i/n`, else of the array job that SLURM runs this in, else (1, 1)."""
+    if text is not None:
+        number, parts = text.split("/")
+        return int(number), int(parts)
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        return 1, 1
+    task, first, count, step = (
+        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("ID", 0), ("MIN", 0), ("COUNT", 1), ("STEP", 1))
     )
+    return (task - first) // step + 1, count
 
 
-def _run(method: str, configs: list[str], **override: object) -> None:
-    logging.disable(logging.ERROR)  # what MONAI and ignite say of a failed case is said once, below
-    override = {name.replace("__", "::"): value for name, value in override.items()}
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    logging.disable(logging.ERROR)  # what MONAI and ignite say of a failed case is said once, here
     try:
-        run_inference(method, configs, **override)
+        yield
     except UADError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from None

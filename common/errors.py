@@ -34,6 +34,18 @@ class SkullStripError(UADError):
     """The image does not look skull-stripped, or the brain mask does not fit it."""
 
 
+class RegistrationError(UADError):
+    """The image could not be brought to the MNI152 template, or modalities not to each other."""
+
+
+class DicomError(UADError):
+    """The folder holds no DICOM series that is one volume: none, several, incomplete, or another kind of object."""
+
+
+class OutputError(UADError):
+    """The results cannot be written where they should."""
+
+
 class CohortError(UADError):
     """The cohort CSV does not say what is needed."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -56,3 +56,14 @@ def sha256(path: str | Path) -> str:
     """Hexadecimal digest of a file."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(image: str | Path | Iterable[str | Path]) -> str:
+    """The digest of a file; of a folder (a DICOM series) or of several images that of their files' digests."""
+    if not isinstance(image, (str, Path)):
+        parts = [digest(path) for path in image]
+    elif Path(image).is_dir():
+        parts = [sha256(path) for path in sorted(Path(image).rglob("*")) if path.is_file()]
+    else:
+        return sha256(image)
+    return hashlib.sha256("".join(parts).encode()).hexdigest()

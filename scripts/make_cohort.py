@@ -18,7 +18,7 @@ import typer
 
 from common.files import replacing
 from common.transforms.brain import BrainMaskd
-from common.transforms.check import LoadImageCheckedd
+from common.transforms.load import LoadImageCheckedd
 from common.transforms.synthetic_lesions import InsertLesionsd
 
 SPLIT = Path(__file__).with_name("ixi_split.csv")

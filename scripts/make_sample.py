@@ -58,9 +58,9 @@ def make_sample(output: Path) -> None:
     image, mask = insert(template[None], template[None] > 0, affine)
     image = np.maximum(np.rint(image[0]), template > 0)  # a hypo-intense lesion stays in the brain
     output.mkdir(parents=True, exist_ok=True)
-    _write(output / "mni152_lesions_T1.nii.gz", _nifti(image.astype(np.int16), affine))
-    _write(output / "mni152_lesions_mask.nii.gz", _nifti(np.asarray(mask[0], np.uint8), affine))
-    _write(output / "LICENSE", LICENSE.encode())
+    write(output / "mni152_lesions_T1.nii.gz", nifti(image.astype(np.int16), affine))
+    write(output / "mni152_lesions_mask.nii.gz", nifti(np.asarray(mask[0], np.uint8), affine))
+    write(output / "LICENSE", LICENSE.encode())
 
 
 def template_2mm() -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +77,8 @@ def template_2mm() -> tuple[np.ndarray, np.ndarray]:
     return np.pad(coarse[box], MARGIN).astype(np.float32), file.affine @ to_fine
 
 
-def _nifti(volume: np.ndarray, affine: np.ndarray) -> bytes:
+def nifti(volume: np.ndarray, affine: np.ndarray) -> bytes:
+    """A compressed file in MNI152 space, the same bytes every time."""
     image = nib.Nifti1Image(volume, affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code="mni")
@@ -85,7 +86,8 @@ def _nifti(volume: np.ndarray, affine: np.ndarray) -> bytes:
     return gzip.compress(image.to_bytes(), compresslevel=9, mtime=0)
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     part = path.with_name(path.name + ".part")  # an interrupted run leaves no half file under the final name
     part.write_bytes(content)
     part.replace(path)

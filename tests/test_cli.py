@@ -42,7 +42,7 @@ def test_detect_writes_six_files(tmp_path):
     done = uad("detect", SAMPLE, "-m", "dae", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     case = tmp_path / "out" / "mni152_lesions_T1"
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [case.name]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {case.name, "status.tsv"}
     assert {path.name for path in case.iterdir()} == {
         "anomaly_map.nii.gz",
         "reconstruction.nii.gz",

@@ -10,31 +10,13 @@ from typing import Literal
 from ..errors import CohortError
 
 Split = Literal["train", "val", "test"]
+OTHER_COLUMNS = ("subject", "split", "brain", "lesion")
 SAMPLE_DIR = Path(__file__).parent / "sample"
 
 
 def sample_dir() -> str:
     """Folder of the sample that the package ships: the MNI152 template with simulated lesions."""
     return str(SAMPLE_DIR)
-
-
-def image_list(image: str | Path | Sequence[str | Path]) -> list[dict[str, object]]:
-    """A datalist of a file, of several, or of the NIfTI files of a folder. Nothing is opened here.
-
-    Raises CohortError where two files would be written to the same case folder.
-    """
-    if isinstance(image, (str, Path)):
-        image = sorted(Path(image).glob("*.nii*")) or [image]
-    names = [case_name(path) for path in image]
-    for name, path in zip(names, image, strict=True):
-        if names.count(name) > 1:
-            raise CohortError(path, f"another image is named {name!r} too", "rename it, or give it a folder of its own")
-    return [{"subject": name, "image": str(path)} for name, path in zip(names, image, strict=True)]
-
-
-def case_name(path: str | Path) -> str:
-    """File name without its suffixes: `sub-01_T1w` for `a/sub-01_T1w.nii.gz`."""
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
 
 
 def read_cohort(
@@ -44,10 +26,10 @@ def read_cohort(
     healthy: bool | None = None,
     allow_empty: bool = False,
 ) -> list[dict[str, object]]:
-    """The rows of a cohort CSV as a datalist: subject, image (path, or one per modality), brain and lesion if given.
+    """The rows of a cohort CSV as a datalist: subject, image (path, or one a modality); split, brain, lesion if given.
 
-    The columns are `subject`, `split`, one per modality, and optionally `brain` and `lesion` (empty: none; a subject
-    without `lesion` is healthy). Paths are relative to the CSV.
+    The columns are `subject`, one per modality, `split` where one is asked for, and optionally `brain` and `lesion`
+    (empty: none; a subject without `lesion` is healthy). Paths are relative to the CSV.
 
     Args:
         split: only rows of this split.
@@ -56,24 +38,36 @@ def read_cohort(
     Raises CohortError where a column is missing, a subject appears twice or in two splits, or nothing is left.
     """
     path = Path(cohort)
-    if not path.is_file():
-        raise CohortError(path, "no such cohort CSV", "check the path")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns, rows = reader.fieldnames or [], list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise CohortError(path, f"not a CSV in UTF-8 ({error})", "save it as CSV UTF-8") from error
-    missing = [c for c in ("subject", "split", *modalities) if c not in columns]
+    columns, rows = _read_csv(path)
+    missing = [c for c in ("subject", *(["split"] if split else []), *modalities) if c not in columns]
     if missing:
         raise CohortError(path, f"no column {', '.join(missing)}", "see the README for the columns of a cohort")
     check_subjects(path, [row["subject"] for row in rows])
-    datalist = [_item(path, row, modalities) for row in rows if split in (None, row["split"])]
+    datalist = [_item(path, row, modalities) for row in rows if split is None or row["split"] == split]
     if healthy is not None:
         datalist = [item for item in datalist if ("lesion" not in item) is healthy]
     if not datalist and not allow_empty:
         raise CohortError(path, f"no row with split={split}, healthy={healthy}", "check the columns split and lesion")
     return datalist
+
+
+def cohort_modalities(cohort: str | Path) -> list[str]:
+    """The modalities of a cohort CSV: its columns beside those that every cohort has. Raises CohortError."""
+    modalities = [column for column in _read_csv(Path(cohort))[0] if column not in OTHER_COLUMNS]
+    if not modalities:
+        raise CohortError(cohort, "no column of a modality", "name one as the bundles do: T1, T2, FLAIR, ...")
+    return modalities
+
+
+def _read_csv(path: Path) -> tuple[Sequence[str], list[dict[str, str]]]:
+    if not path.is_file():
+        raise CohortError(path, "no such cohort CSV", "check the path")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            return reader.fieldnames or [], list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise CohortError(path, f"not a CSV in UTF-8 ({error})", "save it as CSV UTF-8") from error
 
 
 def check_subjects(path: Path, subjects: list[str]) -> None:
@@ -94,5 +88,5 @@ def _item(path: Path, row: dict[str, str], modalities: Sequence[str]) -> dict[st
     if None in images:
         raise CohortError(path, f"subject {row['subject']!r} lacks an image", f"give all of {', '.join(modalities)}")
     item: dict[str, object] = {"subject": row["subject"], "image": images[0] if len(images) == 1 else images}
-    masks = {column: resolve(column) for column in ("brain", "lesion")}
-    return item | {column: path for column, path in masks.items() if path}  # MONAI's collation takes no None
+    others = {"split": row.get("split"), "brain": resolve("brain"), "lesion": resolve("lesion")}
+    return item | {column: value for column, value in others.items() if value}  # MONAI's collation takes no None

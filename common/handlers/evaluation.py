@@ -22,7 +22,7 @@ from ..metrics import DetectionMetrics, MeanHealthyImage, intensity_threshold
 from ..metrics.histograms import bin_index, bin_lower_edge
 from ..networks.volume import VolumeDetector
 from ..report.case import versions, volume_score
-from ..transforms.check import LoadImageCheckedd
+from ..transforms.load import load_lesion
 from ..weights import load_weights, save_weights, sha256
 
 
@@ -148,14 +148,6 @@ class Evaluate:
 
 def _ras(volume: MetaTensor) -> Tensor:
     return cast(MetaTensor, Orientation("RAS", labels=None)(volume.to(torch.float32))).as_tensor().cpu()
-
-
-def load_lesion(path: str, brain: MetaTensor) -> MetaTensor:
-    """A lesion mask (1, H, W, D) on the grid of the image. Raises CohortError where the grid is another."""
-    mask = LoadImageCheckedd("lesion")({"lesion": path})["lesion"]
-    if mask.shape != brain.shape or not np.allclose(mask.affine, brain.affine, atol=1e-3):
-        raise CohortError(path, "the lesion mask is on another grid than the image", "resample it to the image's grid")
-    return mask
 
 
 def fit_mean_image(

@@ -18,14 +18,19 @@ from monai.data import MetaTensor
 from scipy import ndimage
 
 from ..calibration import Calibration
+from ..data.dicom import Series
 from ..methods.base import top_mean
 from ..transforms.check import voxel_volume_ml
+from ..transforms.registration import write_tfm
+from .dicom import save_dicom
 from .preview import save_preview
+
+RECORD = "run.json"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One volume and what was found, all (1, H, W, D) on the input's own grid; images in the input's own units."""
+    """One volume and what was found, (C, H, W, D) or (1, H, W, D) on the input's own grid; images in its own units."""
 
     subject: str
     image: MetaTensor
@@ -33,6 +38,8 @@ class Case:
     anomaly_map: MetaTensor
     reconstruction: MetaTensor
     segmentation: MetaTensor
+    to_mni: np.ndarray | None = None  # (4, 4), world of the input to MNI152
+    series: Series | None = None  # the input, where DICOM results are wanted
 
     @property
     def affine(self) -> np.ndarray:
@@ -50,34 +57,74 @@ def volume_score(anomaly_map: torch.Tensor, brain: torch.Tensor) -> float:
     return float(top_mean(anomaly_map[brain.bool()]))
 
 
-def write_case(folder: Path, case: Case, threshold: float, calibration: Calibration, run: Mapping[str, Any]) -> None:
-    """Write the six files of a case into `folder`, which appears whole or not at all; an older one is replaced.
+# the outputs of a case of a BIDS dataset, after its entities
+BIDS_NAMES = {
+    "anomaly_map.nii.gz": "desc-anomaly_map.nii.gz",
+    "segmentation.nii.gz": "desc-anomaly_mask.nii.gz",
+    "reconstruction.nii.gz": "desc-reconstruction_map.nii.gz",
+    "lesions.csv": "desc-anomaly_lesions.csv",
+    "preview.png": "desc-anomaly_preview.png",
+    "to_mni.tfm": "desc-anomaly_xfm.tfm",
+    RECORD: "desc-anomaly_run.json",
+}
+
+
+def record_path(folder: Path, entities: str | None = None) -> Path:
+    """Where the run.json of a case is, which is written last; `entities` of a case of a BIDS dataset."""
+    return folder / (RECORD if entities is None else f"{entities}_{BIDS_NAMES[RECORD]}")
+
+
+def write_case(
+    folder: Path,
+    entities: str | None,
+    case: Case,
+    threshold: float,
+    calibration: Calibration,
+    run: Mapping[str, Any],
+) -> None:
+    """Write the files of a case; an older one is replaced.
 
     anomaly_map.nii.gz (float32, raw), segmentation.nii.gz (uint8), reconstruction.nii.gz (float32, input's units),
-    lesions.csv, run.json, preview.png.
+    lesions.csv, run.json, preview.png; to_mni.tfm where the case was registered, segmentation.dcm and anomaly_map.dcm
+    where it has a DICOM series. The folder appears whole or not at all. With `entities` (`sub-01_ses-1`) the files get
+    the names of a BIDS derivative in a folder that is shared with other scans, whole files, run.json last.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".partial-{folder.name}")
+    partial = folder.with_name(f".partial-{entities or folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     try:
-        for name in ("anomaly_map", "reconstruction", "segmentation"):
-            save_nifti(getattr(case, name), case.affine, partial / f"{name}.nii.gz")
-        lesions = find_lesions(case)
-        save_lesions(lesions, partial / "lesions.csv")
-        record = {**run, **describe(case, threshold, calibration, lesions)}
-        (partial / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        save_preview(case, threshold, partial / "preview.png")
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        write_files(partial, case, threshold, calibration, run)
+        if entities is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        else:
+            record_path(folder, entities).unlink(missing_ok=True)
+            folder.mkdir(exist_ok=True)
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == RECORD):
+                path.replace(folder / f"{entities}_{BIDS_NAMES[path.name]}")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_files(folder: Path, case: Case, threshold: float, calibration: Calibration, run: Mapping[str, Any]) -> None:
+    """Write the files of a case into a folder."""
+    for name in ("anomaly_map", "reconstruction", "segmentation"):
+        save_nifti(getattr(case, name), case.affine, folder / f"{name}.nii.gz")
+    lesions = find_lesions(case)
+    save_lesions(lesions, folder / "lesions.csv")
+    if case.to_mni is not None:
+        write_tfm(case.to_mni, folder / "to_mni.tfm")
+    if case.series is not None:
+        save_dicom(case, case.series, folder, str(run["bundle"]), versions()["uad-bundles"])
+    save_preview(case, threshold, folder / "preview.png")
+    record = {**run, **describe(case, threshold, calibration, lesions)}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
 def save_nifti(volume: MetaTensor, affine: np.ndarray, path: Path) -> None:
-    """Write (1, H, W, D) with a fresh header: nothing of the patient is copied from the input's."""
-    nifti = nib.Nifti1Image(volume.as_tensor()[0].cpu().numpy(), affine)
+    """Write (C, H, W, D), of one channel as 3D, with a fresh header: nothing of the patient is copied."""
+    values = volume.as_tensor().cpu().numpy()
+    nifti = nib.Nifti1Image(values[0] if len(values) == 1 else np.moveaxis(values, 0, -1), affine)
     nifti.header.set_xyzt_units("mm")
     nib.save(nifti, path)
 

@@ -1,4 +1,4 @@
-"""Where the brain is: the foreground of a skull-stripped image, verified rather than assumed."""
+"""Where the brain is: given, the foreground of a skull-stripped image, verified rather than assumed, or found."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from ..errors import SkullStripError
 from .check import source_name, voxel_volume_ml
+from .strip import atlas_brain_mask, hd_bet_brain_mask, largest_component
 
 # below this share of the 98th percentile a voxel is background: resampling leaves ringing around a stripped brain
 BACKGROUND_SHARE = 0.01
@@ -24,32 +25,49 @@ MAX_NOISY_AIR = 0.05
 
 
 class BrainMaskd(MapTransform):
-    """Add the brain mask of a skull-stripped image, (1, H, W, D) bool; refuse an image that is not stripped.
+    """Add the brain mask of an image, (1, H, W, D) bool, and what it comes from; all but the brain becomes 0.
 
-    A mask that is there already is applied to the image instead. Else the mask is the largest connected component of
-    the non-zero voxels with its holes filled, so that a black lesion or ventricle belongs to the brain.
+    A mask that is there already is the brain: `brain_source` is "given". Else an image that is skull-stripped says
+    itself where the brain is, "stripped": the largest connected component of the non-zero voxels with its holes filled,
+    so that a black lesion or ventricle belongs to it. Else the skull is stripped as `strip` says, or the image refused.
 
     Args:
         keys: one image; with several channels a voxel counts where any channel is non-zero.
         mask_key: where the mask is, or is put.
+        strip: "atlas" fits the template's brain, `brain_source` "atlas (approximate)"; "hd-bet" calls that program;
+            None refuses images with skull.
     """
 
-    def __init__(self, keys: KeysCollection, mask_key: str = "brain") -> None:
+    def __init__(self, keys: KeysCollection, mask_key: str = "brain", strip: str | None = None) -> None:
         super().__init__(keys)
+        if strip not in (None, "atlas", "hd-bet"):
+            raise ValueError(f"`strip` must be atlas, hd-bet or None, got {strip!r}.")
         self.mask_key = mask_key
+        self.strip = strip
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return the data with the mask. Raises SkullStripError."""
+        """Return the data with the mask and `brain_source`. Raises SkullStripError."""
         result = dict(data)
         image = result[self.keys[0]]
         if self.mask_key in result:
-            mask = given_mask(result[self.mask_key], image)
-            result[self.keys[0]] = image * mask.as_tensor()
+            mask, source = given_mask(result[self.mask_key], image), "given"
         else:
-            mask = brain_mask(image)
+            mask, source = self._find(image)
+        if source != "stripped":
+            result[self.keys[0]] = image * mask.as_tensor()
+        return result | {self.mask_key: mask, "brain_source": source}
+
+    def _find(self, image: MetaTensor) -> tuple[MetaTensor, str]:
+        mask = brain_mask(image)
+        try:
             check_stripped(image, mask)
-        result[self.mask_key] = mask
-        return result
+            return mask, "stripped"
+        except SkullStripError:
+            if self.strip is None:
+                raise
+        if self.strip == "atlas":
+            return atlas_brain_mask(image), "atlas (approximate)"
+        return hd_bet_brain_mask(image), "hd-bet"
 
 
 def given_mask(mask: MetaTensor, image: MetaTensor) -> MetaTensor:
@@ -73,17 +91,9 @@ def brain_mask(image: MetaTensor) -> MetaTensor:
     return MetaTensor(torch.from_numpy(filled)[None], meta=dict(image.meta))
 
 
-def largest_component(mask: np.ndarray) -> np.ndarray:
-    """(H, W, D) bool -> bool: the largest 26-connected component. MONAI's needs scikit-image for this."""
-    labels, _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return labels == sizes.argmax()
-
-
 def check_stripped(image: MetaTensor, mask: MetaTensor) -> None:
     """Raises SkullStripError where the foreground is too large for a brain or the air around it is not empty."""
-    remedy = "skull-strip it first (HD-BET, SynthStrip, ...) so that all but the brain is 0"
+    remedy = "skull-strip it first (HD-BET, SynthStrip, ...), or use --strip atlas (approximate), or give --brain-mask"
     volume_ml = float(mask.sum()) * voxel_volume_ml(image)
     if volume_ml > MAX_BRAIN_ML:
         raise SkullStripError(source_name(image), f"a foreground of {volume_ml:.0f} ml is no brain alone", remedy)

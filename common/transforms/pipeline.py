@@ -13,37 +13,61 @@ from monai.transforms import (
 )
 
 from .brain import BrainMaskd
-from .check import CheckVolumed, LoadImageCheckedd
+from .check import CheckVolumed
 from .intensity import ScaleIntensityByForegroundd
+from .load import LoadImageCheckedd
+from .registration import RegisterToMNId
 from .resample import ResampleForegroundd
 
 
 class BrainPreprocessing(Compose):
-    """Load, check, find the brain, RAS, spacing, crop to the brain, scale, pad.
+    """Load, check, find the brain, RAS, spacing (or MNI152), crop to the brain, scale, pad.
 
     In: `image`, a file or an image in memory, and `brain`, its mask, if there is one. Out: `image` (C, H, W, D)
     float32, brain in (0, 1], else exactly 0; and, on the input's own grid, `input` as it was loaded and `brain`
-    (1, h, w, d) bool. `Invertd` undoes it on a map of the shape of `image`.
+    (1, h, w, d) bool, with `brain_source`, where it comes from. `Invertd` undoes it on a map of the shape of `image`.
+    `settings` are the arguments, for the record.
 
     Args:
         spacing_mm: isotropic spacing of the network's grid.
         percentile, upper: see `ScaleIntensityByForegroundd`.
         canvas: H and W are padded to at least this many voxels, the size of the slices in training.
         channels: modalities.
+        register: bring the brain to MNI152, on whose grid the network then works; adds `to_mni`, (4, 4) RAS mm.
+        strip: what to do with a skull, see `BrainMaskd`.
     """
 
-    def __init__(self, spacing_mm: float, percentile: float, upper: float, canvas: int, channels: int = 1) -> None:
+    def __init__(
+        self,
+        spacing_mm: float,
+        percentile: float,
+        upper: float,
+        canvas: int,
+        channels: int = 1,
+        register: bool = False,
+        strip: str | None = None,
+    ) -> None:
+        self.settings = {
+            "spacing_mm": spacing_mm,
+            "percentile": percentile,
+            "upper": upper,
+            "canvas": canvas,
+            "channels": channels,
+            "register": register,
+            "strip": strip,
+        }
         image, both = "image", ("image", "foreground")
+        native = ResampleForegroundd(image, "foreground", (spacing_mm,) * 3)
         super().__init__(
             [
                 LoadImageCheckedd(image),
                 LoadImageCheckedd("brain", allow_missing_keys=True),
                 EnsureTyped(image),
                 CheckVolumed(image, channels),
-                BrainMaskd(image, mask_key="brain"),
+                BrainMaskd(image, "brain", strip),
                 CopyItemsd(("image", "brain"), names=("input", "foreground")),
                 Orientationd(both, axcodes="RAS", labels=None),
-                ResampleForegroundd(image, "foreground", (spacing_mm,) * 3),
+                RegisterToMNId(image, "foreground", spacing_mm) if register else native,
                 CropForegroundd(both, source_key="foreground", allow_smaller=True),
                 ScaleIntensityByForegroundd(image, "foreground", percentile, upper),
                 SpatialPadd(image, (canvas, canvas, -1)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -34,20 +34,11 @@ class ResampleForegroundd(MapTransform, InvertibleTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with image and foreground on the new grid; the background is exactly 0."""
         result = dict(data)
-        foreground = result[self.foreground_key].to(torch.float32)
-        weight = self._resample(foreground)
-        inside = weight.as_tensor() >= 0.5
-        for key in self.key_iterator(result):
-            image = self._resample(result[key].to(torch.float32) * foreground.as_tensor())
-            result[key] = image / weight.as_tensor().clamp(min=0.5) * inside
-        result[self.foreground_key] = MetaTensor(inside, affine=weight.affine)
-        return result
+        images = {key: result[key] for key in self.key_iterator(result)}
+        return result | resample_foreground(images, self.foreground_key, result[self.foreground_key], self._resample)
 
     def _resample(self, image: MetaTensor) -> MetaTensor:
-        factor = np.asarray(self.spacing_mm) / np.asarray(image.pixdim)
-        if (factor > 1.01).any():
-            image = cast(MetaTensor, GaussianSmooth(sigma=np.clip((factor - 1) / 2, 1e-3, None).tolist())(image))
-        return cast(MetaTensor, self.spacing(image))
+        return cast(MetaTensor, self.spacing(smooth(image, self.spacing_mm)))
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Bring the keys back to their grid before the transform."""
@@ -55,3 +46,28 @@ class ResampleForegroundd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(result):
             result[key] = self.spacing.inverse(result[key])
         return result
+
+
+def resample_foreground(
+    images: Mapping[Hashable, MetaTensor],
+    foreground_key: str,
+    foreground: MetaTensor,
+    resample: Callable[[MetaTensor], MetaTensor],
+) -> dict[Hashable, MetaTensor]:
+    """Images (C, H, W, D) and their foreground (1, H, W, D) by one `resample`, the rim divided by its foreground."""
+    foreground = cast(MetaTensor, foreground.to(torch.float32))
+    weight = resample(foreground)
+    inside = weight.as_tensor() >= 0.5
+    result: dict[Hashable, MetaTensor] = {}
+    for key, image in images.items():
+        values = resample(cast(MetaTensor, image.to(torch.float32) * foreground.as_tensor()))
+        result[key] = cast(MetaTensor, values / weight.as_tensor().clamp(min=0.5) * inside)
+    return result | {foreground_key: MetaTensor(inside, affine=weight.affine)}
+
+
+def smooth(image: MetaTensor, spacing_mm: Sequence[float]) -> MetaTensor:
+    """Smooth an image (C, H, W, D) where it is about to be brought to a coarser spacing; else return it."""
+    factor = np.asarray(spacing_mm) / np.asarray(image.pixdim)
+    if (factor > 1.01).any():
+        return cast(MetaTensor, GaussianSmooth(sigma=np.clip((factor - 1) / 2, 1e-3, None).tolist())(image))
+    return image

@@ -114,7 +114,7 @@ def test_run_is_recorded(sample_case, bundle, metadata):
     run = json.loads((sample_case / "run.json").read_text(encoding="utf-8"))
     assert run["bundle"].split()[0] == bundle.name
     assert run["weights_sha256"] == sha256(bundle / "models" / "model.pt")
-    assert run["input_sha256"] == sha256(SAMPLE_DIR / "mni152_lesions_T1.nii.gz")
+    assert run["input_sha256"] == {"image": sha256(SAMPLE_DIR / "mni152_lesions_T1.nii.gz")}
     assert run["seed"] == 0
     assert {"torch", "monai", "numpy", "nibabel", "uad-bundles"} <= set(run["versions"])
     assert 0 <= run["volume_score_percentile"] <= 100

@@ -49,3 +49,13 @@ def test_what_tools_read_is_there(metadata):
     assert metadata["modality"] in {"MR", "CT", "OP", "OPT"}  # DICOM's words; MONAI Deploy assumes CT without
     assert metadata["references"]
     assert "not a medical device" in metadata["intended_use"]
+
+
+def test_what_a_user_chooses_by_is_there(metadata):
+    assert metadata["space"] in {"native", "MNI152"}
+    assert metadata["run_time"]
+    assert metadata["weights_license"]
+
+
+def test_space_is_where_the_network_works(metadata, inference):
+    assert inference.get_parsed_content("preprocessing").settings["register"] is (metadata["space"] == "MNI152")

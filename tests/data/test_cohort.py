@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data.cohort import case_name, check_subjects, image_list, read_cohort, sample_dir
+from common.data.cohort import check_subjects, cohort_modalities, read_cohort
 from common.errors import CohortError
 
 COHORT = """subject,split,T1,T2,brain,lesion
@@ -27,6 +27,7 @@ def test_rows_become_items_with_paths_relative_to_the_csv(tmp_path):
     items = read_cohort(write(tmp_path), ["T1"])
     assert items[0] == {
         "subject": "sub-01",
+        "split": "train",
         "image": str(tmp_path / "a/1_T1.nii.gz"),
         "brain": str(tmp_path / "a/1_brain.nii.gz"),
     }
@@ -56,7 +57,7 @@ def test_rows_are_chosen_by_split_and_health(tmp_path, split, healthy, expected)
 
 def test_optional_columns_may_be_missing(tmp_path):
     path = write(tmp_path, "subject,split,T1\ns1,train,1.nii\n")
-    assert set(read_cohort(str(path), ["T1"])[0]) == {"subject", "image"}
+    assert set(read_cohort(str(path), ["T1"])[0]) == {"subject", "split", "image"}
     assert subjects(read_cohort(path, ["T1"], healthy=True)) == ["s1"]
 
 
@@ -73,8 +74,8 @@ def test_spreadsheets_of_all_kinds(tmp_path, encoding, newline):
     [
         (COHORT, {"modalities": ["FLAIR"]}, "no column FLAIR"),
         (COHORT, {"modalities": ["FLAIR", "T1", "CT"]}, "no column FLAIR, CT"),
-        (COHORT.replace("split", "fold"), {}, "no column split"),
-        ("", {}, "no column subject, split, T1"),
+        (COHORT.replace("split", "fold"), {"split": "train"}, "no column split"),
+        ("", {}, "no column subject, T1"),
         ("subject,split,T1\n", {}, "no row"),
         (COHORT, {"split": "validation"}, "no row with split=validation"),
         (COHORT, {"split": "train", "healthy": False}, "no row with split=train, healthy=False"),
@@ -127,32 +128,18 @@ def test_names_that_are_allowed(name):
     check_subjects(Path("cohort.csv"), [name, "other"])
 
 
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [("a/sub-01_T1w.nii.gz", "sub-01_T1w"), ("b.nii", "b"), ("v1.2.nii.gz", "v1.2"), ("folder/series", "series")],
-)
-def test_case_name(path, expected):
-    assert case_name(path) == case_name(Path(path)) == expected
-
-
-def test_image_list_of_a_file_of_several_and_of_a_folder(tmp_path):
-    for name in ("b.nii.gz", "a.nii", "notes.txt"):
-        (tmp_path / name).touch()
-    a, b = ({"subject": n[0], "image": str(tmp_path / n)} for n in ("a.nii", "b.nii.gz"))
-    assert image_list(tmp_path) == image_list(str(tmp_path)) == [a, b]
-    assert image_list(tmp_path / "b.nii.gz") == [b]
-    assert image_list([tmp_path / "b.nii.gz", str(tmp_path / "a.nii")]) == [b, a]
-    assert subjects(image_list("missing.nii.gz")) == ["missing"]  # opened, and refused, later
-
-
-def test_sample_is_shipped():
-    assert subjects(image_list(sample_dir())) == ["mni152_lesions_T1", "mni152_lesions_mask"]
-
-
-def test_two_images_of_one_name_are_refused():
-    with pytest.raises(CohortError, match="named 'T1' too"):
-        image_list(["a/T1.nii.gz", "b/T1.nii.gz"])
-
-
 def test_nothing_left_may_be_allowed(tmp_path):
     assert read_cohort(write(tmp_path), ["T1"], split="val", healthy=False, allow_empty=True) == []
+
+
+def test_a_split_is_needed_only_where_one_is_asked_for(tmp_path):
+    path = write(tmp_path, "subject,T1\ns1,1.nii\n")
+    assert subjects(read_cohort(path, ["T1"])) == ["s1"]
+    with pytest.raises(CohortError, match="no column split"):
+        read_cohort(path, ["T1"], split="train")
+
+
+def test_modalities_are_the_other_columns(tmp_path):
+    assert cohort_modalities(write(tmp_path)) == ["T1", "T2"]
+    with pytest.raises(CohortError, match="no column of a modality"):
+        cohort_modalities(write(tmp_path, "subject,split,lesion\n"))

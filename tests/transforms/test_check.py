@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
 
 from common.errors import ImageFileError, ImageGeometryError, ImageIntensityError, ImageShapeError, UADError
-from common.transforms.check import CheckVolumed, LoadImageCheckedd, root_cause, source_name, voxel_volume_ml
+from common.transforms.check import CheckVolumed, root_cause, source_name
 
 
 def make_image(shape=(1, 6, 7, 8), affine=None, **meta):
@@ -44,6 +43,15 @@ def test_geometry(diagonal):
         check(make_image(affine=np.diag([*diagonal, 1.0])))
 
 
+def test_a_shear_is_refused_but_not_rounding():
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    affine[0, 2] = 0.02
+    check(make_image(affine=affine))
+    affine[0, 2] = 0.8
+    with pytest.raises(ImageGeometryError, match="sheared"):
+        check(make_image(affine=affine))
+
+
 @pytest.mark.parametrize(("value", "fact"), [(np.nan, "1 voxels"), (np.inf, "1 voxels"), (-np.inf, "1 voxels")])
 def test_values_that_are_not_finite(value, fact):
     image = make_image()
@@ -67,36 +75,6 @@ def test_messages_are_one_line_with_file_fact_and_remedy():
     assert str(error) == f"folder/scan.nii.gz: {error.fact}; {error.remedy}"
     assert "\n" not in str(error)
     assert source_name(make_image()) == "image"
-
-
-def test_load(tmp_path, save_nifti):
-    volume = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
-    affine = np.array([[0, -2.0, 0, 5], [1.5, 0, 0, 6], [0, 0, 3, 7], [0, 0, 0, 1]])
-    path = save_nifti(tmp_path / "image.nii.gz", volume, affine)
-    image = LoadImageCheckedd("image")({"image": str(path)})["image"]
-    assert image.dtype == torch.float32
-    assert np.array_equal(image[0], volume)
-    assert np.array_equal(image.affine, affine)
-    assert source_name(image) == str(path)
-    assert voxel_volume_ml(image) == pytest.approx(0.009)
-
-
-def test_load_leaves_an_image_in_memory():
-    image = make_image()
-    assert LoadImageCheckedd("image")({"image": image})["image"] is image
-
-
-def test_load_refuses_before_it_reads(tmp_path, save_nifti):
-    load = LoadImageCheckedd("image")
-    with pytest.raises(ImageFileError, match="no such file"):
-        load({"image": str(tmp_path / "none.nii.gz")})
-    with pytest.raises(ImageFileError, match="folder"):
-        load({"image": str(tmp_path)})
-    with pytest.raises(ImageIntensityError, match="complex"):
-        load({"image": str(save_nifti(tmp_path / "complex.nii", np.ones((3, 3, 3), np.complex64)))})
-    nib.save(nib.Nifti1Image(np.ones((3, 3, 3), np.float32), None), tmp_path / "nowhere.nii")
-    with pytest.raises(ImageGeometryError, match="sform"):
-        load({"image": str(tmp_path / "nowhere.nii")})
 
 
 def test_root_cause_is_found_under_monais_errors():

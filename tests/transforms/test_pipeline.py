@@ -11,6 +11,7 @@ from monai.transforms import Compose, Invertd
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from common.data.cohort import SAMPLE_DIR
 from common.transforms.intensity import FOREGROUND_FLOOR
 from common.transforms.pipeline import BrainPreprocessing
 from common.transforms.postprocess import SegmentAnomaliesd, SplitPredictiond
@@ -114,7 +115,7 @@ def test_affine_is_the_headers_where_its_voxel_sizes_disagree(phantom, tmp_path)
     shape, affine = phantom.grid(rotation=OBLIQUE)
     volume, _, _ = phantom.on_grid(shape, affine)
     nifti = nib.Nifti1Image(volume, affine)
-    nifti.header.set_qform(np.diag([2.01, 2.01, 2.01, 1]), code=1)  # and with it the header's voxel sizes
+    nifti.header.set_qform(affine @ np.diag([1.005, 1.005, 1.005, 1]), code=1)  # and with it the header's voxel sizes
     nib.save(nifti, tmp_path / "image.nii.gz")
     stored = nib.load(tmp_path / "image.nii.gz")
     assert not np.allclose(stored.header.get_zooms(), np.linalg.norm(stored.affine[:3, :3], axis=0), rtol=1e-4)
@@ -181,3 +182,26 @@ def test_input_is_kept_as_it_was(phantom, save_nifti, tmp_path):
     assert np.array_equal(item["input"][0], volume)
     assert item["brain"].dtype == torch.bool
     assert np.array_equal(item["brain"][0], brain)
+
+
+def test_registered_brain_goes_to_mni_and_its_map_comes_back(save_nifti, tmp_path):
+    sample = nib.load(SAMPLE_DIR / "mni152_lesions_T1.nii.gz")
+    moved = nib.affines.from_matvec(Rotation.from_euler("zyx", [12, -8, 15], degrees=True).as_matrix(), [14, -9, 20])
+    moved[:3, :3] *= 0.9
+    nifti = stored_as("PIR", sample.get_fdata(dtype=np.float32), moved @ sample.affine)
+    path = save_nifti(tmp_path / "image.nii.gz", nifti.get_fdata(dtype=np.float32), nifti.affine)
+    stored = nib.load(path)
+    preprocessing = make_preprocessing(register=True)
+    item = preprocessing({"image": str(path)})
+    points = nib.affines.apply_affine(sample.affine, np.argwhere(sample.get_fdata() > 0)[::50])
+    errors = np.linalg.norm(nib.affines.apply_affine(item["to_mni"] @ moved, points) - points, axis=1)
+    assert errors.max() < 3
+    assert np.allclose(np.asarray(item["image"].affine)[:3, :3], np.diag([2, 2, 2]), atol=1e-6)
+    assert np.allclose((np.asarray(item["image"].affine)[:3, 3] - (-90, -126, -72)) % 2, 0, atol=1e-4)
+    assert np.array_equal(item["input"].affine, stored.affine)
+    item["pred"] = torch.cat([item["image"]] * 2)
+    back = Invertd("pred", preprocessing, orig_keys="image", nearest_interp=False)(item)["pred"]
+    assert back.shape == (2, *stored.shape)
+    assert np.array_equal(back.affine, stored.affine)
+    volume, brain = stored.get_fdata(), item["brain"][0].numpy()
+    assert np.corrcoef(back[0].numpy()[brain], volume[brain])[0, 1] > 0.95

@@ -1,0 +1,144 @@
+"""DICOM out: the segmentation and the anomaly map as objects that a PACS files with the scan."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from monai.data import MetaTensor
+from monai.data.utils import orientation_ras_lps
+from monai.utils import optional_import
+
+from ..data.dicom import Series
+from ..errors import DicomError
+from ..files import replacing
+
+if TYPE_CHECKING:
+    from .case import Case  # which writes its objects with this module
+
+pydicom, _ = optional_import("pydicom")
+
+NEEDED = ("StudyInstanceUID", "SOPClassUID", "SOPInstanceUID", "FrameOfReferenceUID")
+MAY_BE_EMPTY = (  # and lack in anonymised images, while highdicom wants them all
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber"),
+    *("StudyID", "StudyDate", "StudyTime", "SliceThickness"),
+)
+
+
+def save_dicom(case: Case, series: Series, folder: Path, algorithm: str, version: str) -> None:
+    """Write segmentation.dcm (Segmentation, binary) and anomaly_map.dcm (Parametric Map, float32) into `folder`.
+
+    Both lie in the frame of reference of the source images, refer to them, and belong to the same study; they hold
+    the patient's name and number as the source does, without which a PACS cannot file them. All slices are stored, so
+    that a scan in which nothing was found has a segmentation too.
+
+    case: on the grid of `read_series(series)`.
+    algorithm, version: what the objects name as their maker, a bundle and its version.
+    Raises DicomError where the source images lack or garble what the objects take from them, and OptionalImportError
+    without highdicom.
+    """
+    sources = [_source(series, path) for path in series.files]
+    number = 100 * (series.number or 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of pydicom quote what the tags say of the patient
+        try:
+            mask = _planes(case.segmentation, np.uint8, case, series, sources)
+            values = _planes(case.anomaly_map, np.float32, case, series, sources)
+            segmentation = _segmentation(mask, sources, algorithm, version, number + 1)
+            anomaly_map = _parametric_map(values, sources, algorithm, version, number + 2)
+        except (AttributeError, TypeError, ValueError, KeyError) as error:  # whose words quote the tags too
+            fact = f"{series.name} does not allow DICOM results ({type(error).__name__} in a tag)"
+            raise DicomError(series.folder, fact, "write NIfTI alone, or repair the headers") from error
+    for name, dataset in (("segmentation", segmentation), ("anomaly_map", anomaly_map)):
+        with replacing(folder / f"{name}.dcm") as path:
+            dataset.save_as(path)
+
+
+def _source(series: Series, path: Path) -> Any:
+    dataset = pydicom.dcmread(path, stop_before_pixels=True)
+    missing = [keyword for keyword in NEEDED if not dataset.get(keyword)]
+    if missing:
+        fact = f"{series.name} has no {', '.join(missing)}, without which there are no DICOM results"
+        raise DicomError(series.folder, fact, "write NIfTI alone")
+    for keyword in MAY_BE_EMPTY:
+        if keyword not in dataset:
+            setattr(dataset, keyword, None)
+    return dataset
+
+
+def _maker(algorithm: str, version: str, series_number: int) -> dict[str, Any]:
+    """The new series, and the equipment that made it; the standard wants a serial number, which software has not."""
+    return {
+        "series_instance_uid": pydicom.uid.generate_uid(),
+        "series_number": series_number,
+        "sop_instance_uid": pydicom.uid.generate_uid(),
+        "instance_number": 1,
+        "manufacturer": "uad-bundles",
+        "manufacturer_model_name": algorithm,
+        "software_versions": version,
+        "device_serial_number": "0",
+    }
+
+
+def _planes(volume: MetaTensor, dtype: type, case: Case, series: Series, sources: list[Any]) -> Any:
+    """(1, I, J, K) as planes (K, J, I): one a source image, or of a multi-frame image with their places."""
+    array: np.ndarray = np.ascontiguousarray(volume.as_tensor()[0].cpu().numpy().T, dtype=dtype)
+    if not series.is_multiframe:
+        return array  # each plane takes the place of its image, to the last digit
+    highdicom, _ = optional_import("highdicom")
+    return highdicom.Volume(
+        array,
+        affine=orientation_ras_lps(case.affine)[:, [2, 1, 0, 3]],
+        coordinate_system="PATIENT",
+        frame_of_reference_uid=sources[0].FrameOfReferenceUID,
+    )
+
+
+def _segmentation(mask: Any, sources: list[Any], algorithm: str, version: str, series_number: int) -> Any:
+    highdicom, _ = optional_import("highdicom")
+    codes = pydicom.sr.codedict.codes
+    segment = highdicom.seg.SegmentDescription(
+        segment_number=1,
+        segment_label="Anomaly",
+        segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+        segmented_property_type=codes.SCT.Lesion,
+        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name=algorithm, version=version, family=codes.cid7162.ArtificialIntelligence
+        ),
+    )
+    return highdicom.seg.Segmentation(
+        source_images=sources,
+        pixel_array=mask,
+        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=[segment],
+        omit_empty_frames=False,  # highdicom stores no empty object otherwise
+        content_label="ANOMALY",
+        series_description=f"{algorithm} segmentation",
+        **_maker(algorithm, version, series_number),
+    )
+
+
+def _parametric_map(values: Any, sources: list[Any], algorithm: str, version: str, series_number: int) -> Any:
+    highdicom, _ = optional_import("highdicom")
+    highest = float(np.max(getattr(values, "array", values))) or 1.0  # a window must not be empty
+    mapping = highdicom.pm.RealWorldValueMapping(
+        lut_label="ANOMALY",
+        lut_explanation="Anomaly map, higher is more abnormal",
+        unit=pydicom.sr.codedict.codes.UCUM.NoUnits,
+        value_range=(0.0, highest),
+        slope=1.0,
+        intercept=0.0,
+    )
+    return highdicom.pm.ParametricMap(
+        source_images=sources,
+        pixel_array=values,
+        contains_recognizable_visual_features=False,
+        real_world_value_mappings=[mapping],
+        voi_lut_transformations=[highdicom.VOILUTTransformation(window_center=highest / 2, window_width=highest)],
+        content_label="ANOMALY",
+        series_description=f"{algorithm} anomaly map",
+        **_maker(algorithm, version, series_number),
+    )

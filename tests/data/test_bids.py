@@ -1,0 +1,81 @@
+import json
+
+import pytest
+
+from common.data.bids import find_scans, is_bids, write_description
+from common.data.cases import find_cases
+from common.errors import CohortError
+
+FILES = [
+    "sub-01/anat/sub-01_T1w.nii.gz",
+    "sub-01/anat/sub-01_FLAIR.nii.gz",
+    "sub-01/anat/sub-01_ce-gd_T1w.nii.gz",
+    "sub-01/func/sub-01_task-rest_bold.nii.gz",
+    "sub-02/ses-a/anat/sub-02_ses-a_run-1_T1w.nii.gz",
+    "sub-02/ses-a/anat/sub-02_ses-a_run-2_T1w.nii",
+    "sub-02/ses-b/anat/sub-02_ses-b_T1w.nii.gz",
+    "sub-02/ses-b/anat/sub-02_ses-b_T1w.json",
+    "derivatives/other/sub-01/anat/sub-01_T1w.nii.gz",
+]
+
+
+@pytest.fixture
+def root(tmp_path):
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "dataset_description.json").write_text("{}", encoding="utf-8")
+    return tmp_path
+
+
+def test_every_scan_of_one_modality_is_a_case(root):
+    assert is_bids(root)
+    assert not is_bids(root / "sub-01")
+    items = find_scans(root, ["T1"])
+    assert [item["subject"] for item in items] == ["sub-01", "sub-02_ses-a_run-1", "sub-02_ses-a_run-2", "sub-02_ses-b"]
+    assert items[2] == {
+        "subject": "sub-02_ses-a_run-2",
+        "image": str(root / FILES[5]),
+        "derivative": "sub-02/ses-a/anat/sub-02_ses-a_run-2",
+    }
+    assert find_cases(root, ["T1"]) == items
+    assert [item["image"] for item in find_scans(root, ["T1CE"])] == [str(root / FILES[2])]
+
+
+def test_several_modalities_are_one_case_a_session(root):
+    (root / FILES[5]).unlink()
+    items = find_scans(root, ["FLAIR", "T1"])
+    assert items[0] == {
+        "subject": "sub-01",
+        "image": [str(root / FILES[1]), str(root / FILES[0])],
+        "derivative": "sub-01/anat/sub-01",
+    }
+    assert items[1]["image"][0] == str(root / "sub-02/ses-a/anat/sub-02_ses-a_FLAIR.nii.gz")  # said when it is opened
+
+
+def test_two_scans_of_a_modality_in_a_session_are_refused(root):
+    with pytest.raises(CohortError, match="several scans of T1"):
+        find_scans(root, ["T1", "FLAIR"])
+
+
+@pytest.mark.parametrize("label", ["01", "sub-01"])
+def test_participants_are_chosen(root, label):
+    assert [item["subject"] for item in find_scans(root, ["T1"], [label])] == ["sub-01"]
+    with pytest.raises(CohortError, match="no participant 07"):
+        find_scans(root, ["T1"], [label, "07"])
+
+
+def test_nothing_of_a_modality(root):
+    with pytest.raises(CohortError, match="no scan of T2"):
+        find_scans(root, ["T2"])
+
+
+def test_description_is_written_once(tmp_path):
+    write_description(tmp_path, "dae")
+    path = tmp_path / "dataset_description.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    assert description["DatasetType"] == "derivative"
+    assert description["GeneratedBy"][0]["Name"] == "uad-bundles"
+    path.write_text("mine", encoding="utf-8")
+    write_description(tmp_path, "dae")
+    assert path.read_text(encoding="utf-8") == "mine"
