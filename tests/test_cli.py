@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from common import bundle
 from common.bundle import BUNDLES_DIR, available_bundles
 from common.cli import app
 from common.data.cohort import SAMPLE_DIR
-from common.weights import sha256
+from common.weights import load_weights, sha256
 
 SAMPLE = SAMPLE_DIR / "mni152_lesions_T1.nii.gz"
 METRICS = {
@@ -82,6 +83,42 @@ def test_evaluate_writes_the_metrics(cohort, tmp_path):
     assert {"torch", "monai", "uad-bundles"} <= set(result["versions"])
 
 
+def test_list_is_what_the_metadata_say():
+    listed = json.loads(uad("list", "--json").stdout)
+    assert [about["key"] for about in listed] == available_bundles()
+    for about in listed:
+        assert {"title", "modalities", "space", "run_time", "weights_license", "weights_mb"} <= set(about)
+    assert all(key in uad("list").stdout for key in available_bundles())
+
+
+def test_prepare_and_train(cohort, tmp_path, monkeypatch):
+    """The stages of a bundle one after the other, shortened, from a cohort that was prepared."""
+    prepared, runs = tmp_path / "prepared", tmp_path / "runs"
+    done = uad("prepare", cohort, "-o", prepared)
+    assert done.returncode == 0, done.stderr
+    short = {"max_epochs": 1, "epoch_length": 2, "batch_size": 2}
+    whole = bundle.load_workflow
+
+    def shortened(name, configs, workflow_type="infer", **override):
+        return whole(name, configs, workflow_type, **override, **(short if workflow_type == "train" else {}))
+
+    monkeypatch.setattr(bundle, "load_workflow", shortened)
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["train", "mad_ad", str(prepared / "cohort.csv"), "-o", str(runs)])
+        assert result.exit_code == 0, result.output
+        assert "trained and calibrated" in result.output
+        assert not np.isnan(load_weights(runs / "model.pt")["calibration.threshold"])
+        written = (runs / "model_autoencoder.pt").stat().st_mtime_ns
+    assert (runs / "model_autoencoder.pt").stat().st_mtime_ns == written
+    scan = cohort.parent / "d.nii.gz"
+    done = uad(
+        "detect", scan, "-m", "mad_ad", "-o", tmp_path / "out", "--weights", runs / "model.pt", "--device", "cpu"
+    )
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "out" / "d" / "run.json").read_text(encoding="utf-8"))
+    assert run["weights_sha256"] == sha256(runs / "model.pt")
+
+
 def test_cohort_that_is_not_there_is_one_line(tmp_path):
     done = uad("evaluate", tmp_path / "none.csv", "-m", "dae", "-o", tmp_path / "result.json")
     assert done.returncode == 3
@@ -97,6 +134,9 @@ def test_cohort_that_is_not_there_is_one_line(tmp_path):
         ["detect", "scan.nii.gz", "-o", "out"],
         ["detect", "-m", "dae", "-o", "out"],
         ["nonsense"],
+        ["detect", "scan.nii.gz", "-m", "dae", "-o", "out", "--part", "3/2"],
+        ["detect", "scan.nii.gz", "-m", "dae", "-o", "out", "--device", "tpu"],
+        ["detect", "scan.nii.gz", "-m", "dae", "-o", "out", "--strip", "magic"],
     ],
 )
 def test_wrong_use_exits_with_2(arguments):

@@ -6,7 +6,9 @@ import gzip
 import subprocess
 import sys
 
+import highdicom as hd
 import nibabel as nib
+import numpy as np
 
 NAME = "Plantedname"
 
@@ -22,6 +24,20 @@ app(sys.argv[1:])
 """
 
 
+def detect_offline(*arguments):
+    """Run the command, which must succeed, and return what it said."""
+    command = [sys.executable, "-c", OFFLINE, "detect", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def contents(folder):
+    """Of all files, uncompressed."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {f.name: gzip.decompress(f.read_bytes()) if f.suffix == ".gz" else f.read_bytes() for f in files}
+
+
 def test_no_network_and_no_name(phantom, save_nifti, tmp_path):
     shape, affine = phantom.grid(spacing_mm=(4, 4, 4))
     path = save_nifti(tmp_path / "scan.nii.gz", phantom.on_grid(shape, affine)[0], affine)
@@ -31,13 +47,28 @@ def test_no_network_and_no_name(phantom, save_nifti, tmp_path):
     nifti.header.extensions.append(nib.nifti1.Nifti1Extension("comment", NAME.encode()))
     nib.save(nifti, path)
 
-    command = [sys.executable, "-c", OFFLINE, "detect", path, "-m", "mad_ad", "-o", tmp_path / "out"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    said = detect_offline(path, "-m", "mad_ad", "-o", tmp_path / "out")
+    written = contents(tmp_path / "out")
     assert len(written) == 7
-    for file in written:
-        content = file.read_bytes()
-        content = gzip.decompress(content) if file.suffix == ".gz" else content
-        assert NAME.encode() not in content, file
-    assert NAME not in done.stdout + done.stderr
+    assert not [name for name, content in written.items() if NAME.encode() in content]
+    assert NAME not in said
+
+
+def test_dicom_tells_no_name_but_to_dicom(write_series, tmp_path):
+    """A Segmentation and a map that a PACS shall file need the patient; they lie where the scan does."""
+    series = write_series(tmp_path / "series", plane="sagittal", slope=1, intercept=0)
+    said = detect_offline(series.folder, "-m", "dae", "-o", tmp_path / "out", "--format", "dicom-seg")
+    written = contents(tmp_path / "out")
+    assert set(written) >= {"segmentation.dcm", "anomaly_map.dcm", "segmentation.nii.gz", "run.json", "status.tsv"}
+    named = {name for name, content in written.items() if b"PLANTED" in content}
+    assert named == {"segmentation.dcm", "anomaly_map.dcm"}
+    assert "PLANTED" not in said + "".join(str(path) for path in (tmp_path / "out").rglob("*"))
+    case = tmp_path / "out" / "series"
+    nifti, dicom = nib.load(case / "anomaly_map.nii.gz"), hd.imread(case / "anomaly_map.dcm").get_volume()
+    found = np.asarray(nifti.dataobj)
+    assert found.any()
+    places = nib.affines.apply_affine(
+        np.diag([-1, -1, 1, 1]) @ dicom.affine, np.argwhere(dicom.array > found.max() / 2)
+    )
+    expected = nib.affines.apply_affine(nifti.affine, np.argwhere(found > found.max() / 2))
+    assert np.allclose(places.mean(axis=0), expected.mean(axis=0), atol=0.01)

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from monai.data import MetaTensor
 from monai.transforms import Orientation
+from scipy import ndimage
 
 if TYPE_CHECKING:
     from .case import Case
@@ -28,6 +29,10 @@ def save_preview(case: Case, threshold: float, path: Path) -> None:
         _axial(volume) for volume in (case.image, case.brain, case.anomaly_map, case.reconstruction, case.segmentation)
     )
     spacing = cast(MetaTensor, Orientation("RAS", labels=None)(case.image)).pixdim
+    box = ndimage.find_objects((brain > 0).astype(np.uint8))[0]  # the air around a brain shows nothing
+    image, brain, anomaly_map, reconstruction, mask = (
+        volume[box] for volume in (image, brain, anomaly_map, reconstruction, mask)
+    )
     chosen = choose_slices(np.where(brain > 0, anomaly_map, 0), brain > 0)
     top = float(np.percentile(image[brain > 0], 99.5))
     figure = Figure(figsize=(2 * len(chosen), 8.6), facecolor="black", layout="constrained")

@@ -44,7 +44,9 @@ class SplitPredictiond(MapTransform):
         values = pred.as_tensor() * mask.as_tensor().bool().to(pred.device)
         unit = values.new_tensor(np.asarray(image.meta["intensity_unit"], dtype=float).ravel())
         foreground = (image > 0).any(dim=0, keepdim=True).to(torch.float32)
-        share = self.resample(foreground, dst_affine=mask.affine, spatial_size=mask.shape[1:])
+        to_mni = np.reshape(image.meta.get("to_mni", np.eye(4)), (4, 4))  # a registered image lies in another world
+        affine = torch.as_tensor(to_mni) @ mask.affine
+        share = self.resample(foreground, dst_affine=affine, spatial_size=mask.shape[1:])
         share = convert_to_tensor(share, track_meta=False).to(values).clamp(min=0.01)
         reconstruction = values[1:] * unit.view(-1, 1, 1, 1) / share
         result["anomaly_map"] = MetaTensor(values[:1].clamp(min=0), affine=mask.affine)

@@ -21,6 +21,7 @@ from .registration import (
     INFORMATION_STEP_MM,
     MASK_STEP_MM,
     SCALES,
+    as_affine,
     as_matrix,
     brain_ml,
     onto,
@@ -66,9 +67,9 @@ def atlas_brain_mask(image: MetaTensor) -> MetaTensor:
             to_head = _first_guess(head, rise_mm)
             fit = register(fixed, moving, to_head, (4,), MASK_STEP_MM, mask=sitk.BinaryDilate(inside, [2] * 3))
             fits.append((fit, to_head))
-        to_head = min(fits, key=lambda fit: fit[0])[1]
+        to_head = as_affine(min(fits, key=lambda fit: fit[0])[1])
         rim = sitk.BinaryDilate(inside, [1] * 3)  # a wider one takes the CSF around the brain for background
-        information = -register(fixed, moving, to_head, (2,), INFORMATION_STEP_MM, mask=rim)
+        information = -register(fixed, moving, to_head, (4, 2), INFORMATION_STEP_MM, mask=rim)
     except RuntimeError as error:
         raise _misfit(image, str(error).strip().splitlines()[-1]) from error
     matrix = as_matrix(to_head)
@@ -133,9 +134,9 @@ def _first_guess(head: MetaTensor, rise_mm: float) -> Any:
     across = points[points[:, 2] > top - BRAIN_MM].mean(axis=0)[:2]
     centre = world_points(template()[1]).mean(axis=0)
     there = np.array([*across, top - SCALP_MM - USUAL_SCALE * TOP_MM + rise_mm])
-    guess = sitk.AffineTransform(3)
+    guess = sitk.Similarity3DTransform()  # an affine one follows a tilted head by shearing
     guess.SetCenter(centre.tolist())
-    guess.SetMatrix((np.eye(3) * USUAL_SCALE).ravel().tolist())
+    guess.SetScale(USUAL_SCALE)
     guess.SetTranslation((there - centre).tolist())
     return guess
 

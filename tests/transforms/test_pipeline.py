@@ -205,3 +205,24 @@ def test_registered_brain_goes_to_mni_and_its_map_comes_back(save_nifti, tmp_pat
     assert np.array_equal(back.affine, stored.affine)
     volume, brain = stored.get_fdata(), item["brain"][0].numpy()
     assert np.corrcoef(back[0].numpy()[brain], volume[brain])[0, 1] > 0.95
+
+
+def test_registered_brain_comes_back(tmp_path):
+    """The sample, turned by 15 degrees and as large as a person's brain, goes through MNI152 and back."""
+    sample = nib.load(SAMPLE_DIR / "mni152_lesions_T1.nii.gz")
+    moved = nib.affines.from_matvec(
+        0.88 * Rotation.from_euler("xyz", [15, -5, 8], degrees=True).as_matrix(), [9, -20, 30]
+    )
+    nib.save(nib.Nifti1Image(sample.get_fdata(dtype=np.float32), moved @ sample.affine), tmp_path / "scan.nii.gz")
+    result = there_and_back(str(tmp_path / "scan.nii.gz"), register=True)
+    assert np.allclose(result["to_mni"] @ moved, np.eye(4), atol=[[0.02] * 3 + [1.5]] * 4)
+    assert np.allclose(result["image"].affine[:3, :3], np.diag([2.0, 2.0, 2.0]))
+    stored = nib.load(tmp_path / "scan.nii.gz")
+    brain = result["brain"].as_tensor()
+    for key in ("anomaly_map", "reconstruction", "segmentation"):
+        assert result[key].shape == (1, *stored.shape)
+        assert np.array_equal(result[key].affine, stored.affine)
+        assert not result[key].as_tensor()[~brain].any()
+    for key in ("anomaly_map", "reconstruction"):
+        values = torch.stack([result[key].as_tensor()[brain], result["input"].as_tensor()[brain]])
+        assert torch.corrcoef(values)[0, 1] > 0.95
