@@ -100,7 +100,7 @@ def detect_cases(
     part: tuple[int, int] = (1, 1),
     overwrite: bool = False,
 ) -> int:
-    """Detect in all items and return how many failed. Progress and failures go to stderr.
+    """Detect in all items and return how many failed. Progress and failures go to stderr, the sum to stdout.
 
     Args:
         workflow: initialised, of `inference.json`.
@@ -112,8 +112,9 @@ def detect_cases(
     runner, failed = CaseRunner(workflow), 0
     number, parts = part
     name = "status.tsv" if parts == 1 else f"status_{number}-of-{parts}.tsv"
+    mine = items[number - 1 :: parts]
     with StatusTable(runner.saver.output_dir / name) as table:
-        for item in tqdm(items[number - 1 :: parts], unit="case", disable=None):
+        for item in tqdm(mine, unit="case", disable=None):
             case, started = str(item["subject"]), time.perf_counter()
             try:
                 if overwrite or not runner.saver.is_finished(item):
@@ -125,4 +126,5 @@ def detect_cases(
                 failed += 1
                 table.add(case, type(error).__name__, time.perf_counter() - started, str(error))
                 tqdm.write(f"{type(error).__name__}: {table.rows[case][-1]}", file=sys.stderr)
+    print(f"{len(mine) - failed} of {len(mine)} cases done: {table.path}")
     return failed

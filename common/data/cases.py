@@ -73,5 +73,5 @@ def _is_image(path: Path) -> bool:
 def case_name(path: str | Path) -> str:
     """Name of a file without the suffixes of an image, or of a folder: `sub-01_T1w` for `a/sub-01_T1w.nii.gz`."""
     name = Path(path).name or Path(path).resolve().name
-    suffix = max((s for s in IMAGE_SUFFIXES if name.lower().endswith(s)), key=len, default="")
+    suffix = max((s for s in (*IMAGE_SUFFIXES, ".dcm") if name.lower().endswith(s)), key=len, default="")
     return name[: len(name) - len(suffix)]

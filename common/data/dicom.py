@@ -67,12 +67,12 @@ class Series:
 
 
 def find_series(folder: str | Path) -> list[Series]:
-    """All series in a folder and its subfolders, by number; what is not DICOM is passed over. Reads headers only.
+    """All series in a folder and its subfolders, or in one file, by number; what is not DICOM is passed over.
 
-    Raises DicomError where there is no DICOM, or a DICOM file is damaged.
+    Reads headers only. Raises DicomError where there is no DICOM, or a DICOM file is damaged.
     """
     folder = Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
     groups = defaultdict(list)
     for count, path in enumerate(paths, 1):
         # not the name of the file, which is often the patient's

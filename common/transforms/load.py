@@ -57,16 +57,16 @@ def load_image(path: str | Path, series: str | None = None) -> MetaTensor:
     """(C, H, W, D) float32 with its affine (RAS, mm); C is above 1 where a file holds several volumes.
 
     Args:
-        path: a NIfTI, NRRD or MetaImage file, or the folder of a DICOM series.
+        path: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or a multi-frame DICOM file (`.dcm`).
         series: which series of the folder, by UID or description.
     Raises UADError.
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            return read_series(choose_series(path, series))
-        if not path.is_file():
+        if not path.exists():
             raise ImageFileError(path, "no such file", "check the path")
+        if path.is_dir() or path.suffix.lower() == ".dcm":
+            return read_series(choose_series(path, series))
         return read_itk(path) if path.name.lower().endswith(ITK_SUFFIXES) else read_nifti(path)
     except OSError as error:
         cause = error.strerror or str(error).splitlines()[0]

@@ -220,14 +220,14 @@ DICOM = {
         lambda series: series.edit(lambda d, i: setattr(d, "ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"])),
     ),
     "mixed geometry": ("ImageOrientationPatient", lambda series: series.edit(turned, files=[7])),
-    "one DICOM slice": ("", lambda series: [path.unlink() for path in series.files[1:]]),
+    "one DICOM slice": ("single image", lambda series: [path.unlink() for path in series.files[1:]]),
     "unsupported compression": ("cannot be decoded", lambda series: series.edit(not_decodable, files=[3])),
     "truncated DICOM": (
         "cannot be decoded",
         lambda series: patched(series.files[3], lambda b: b[: len(b) - 2000]),
     ),
 }
-OTHERS = ("two images for one modality", "folder without images", "empty DICOM folder")
+OTHERS = ("two images for one modality", "folder without images", "empty DICOM folder", "one DICOM file")
 KINDS = [*VOLUMES, *FILES, *MASKS, *DICOM, *OTHERS]
 
 
@@ -248,6 +248,8 @@ def make_item(kind, folder, write_series):
     elif kind == "two images for one modality":
         paths = [str(saved(folder)), str(saved(folder, name="other.nii.gz"))]
         return {"image": paths}, paths[0], ImageShapeError, "2 volumes, not 1"
+    elif kind == "one DICOM file":
+        path, expected, fact = write_series(folder).files[0].rename(folder / "one.dcm"), DicomError, "single image"
     else:
         path, expected, fact = folder, DicomError, "no DICOM"
         if kind == "folder without images":
@@ -368,7 +370,7 @@ def test_command_says_one_line_and_exits_with_3(bad_scan, tmp_path):
     assert done.returncode == 3
     assert done.stderr.startswith(f"ImageIntensityError: {bad_scan}: ")
     assert done.stderr.count("\n") == 1
-    assert not done.stdout
+    assert done.stdout == f"0 of 1 cases done: {tmp_path / 'out' / 'status.tsv'}\n"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["status.tsv"]
 
 

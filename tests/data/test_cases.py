@@ -19,6 +19,7 @@ def subjects(datalist):
         ("scan.v2.NII.GZ", "scan.v2"),
         ("c.nrrd", "c"),
         ("d.mha", "d"),
+        ("enhanced.dcm", "enhanced"),
         ("series 7", "series 7"),
         ("visit.2", "visit.2"),
     ],
