@@ -47,9 +47,8 @@ MASK_STEP_MM, INFORMATION_STEP_MM = 4.0, 2.0  # longest first step: a longer one
 # plausible: the brains overlap; adult brains are 0.8 to 1 times as large as the template's along an axis, infants' 0.6
 MIN_DICE = 0.85
 SCALES = (0.6, 1.6)
-# already in MNI152: the estimate moves nothing by more than a voxel, or the grid is FSL's and the brain lies inside
+# already in MNI152: the estimate moves nothing by more than a voxel, or the grid is a usual one and the brains overlap
 RECOGNISED_MM = 2.0
-MIN_INSIDE = 0.95
 # plausible between scans of one session, in which the patient may have moved
 MAX_ROTATION_DEG = 45.0
 MAX_SHIFT_MM = 60.0
@@ -105,7 +104,8 @@ def mni_transform(image: MetaTensor, brain: MetaTensor) -> np.ndarray:
 def is_mni(image: MetaTensor, brain: MetaTensor, to_mni: np.ndarray) -> bool:
     """Whether a brain is in MNI152 as it is: the estimate hardly moves it, or it was written on the template's grid.
 
-    Registered by another program, or not in size, it may differ by more than a voxel: its grid says what was meant.
+    Registered by another program it may differ by more than a voxel: its grid says what was meant, but not if it was
+    registered rigidly and is as small as it was.
     """
     points = world_points(brain)
     if np.linalg.norm(nib.affines.apply_affine(to_mni, points) - points, axis=1).max() <= RECOGNISED_MM:
@@ -115,9 +115,8 @@ def is_mni(image: MetaTensor, brain: MetaTensor, to_mni: np.ndarray) -> bool:
     if not upright_axes or shape not in MNI_CENTRES_MM:
         return False
     centre = nib.affines.apply_affine(affine, (np.array(shape) - 1) / 2)
-    there = onto(template()[1], (affine, shape)).as_tensor() >= 0.5
-    inside = there[brain.as_tensor() > 0].float().mean()
-    return bool(np.abs(centre - MNI_CENTRES_MM[shape]).max() <= GRID_MM and inside >= MIN_INSIDE)
+    there, here = onto(template()[1], (affine, shape)).as_tensor() >= 0.5, brain.as_tensor() > 0
+    return bool(np.abs(centre - MNI_CENTRES_MM[shape]).max() <= GRID_MM and dice(there, here) >= MIN_DICE)
 
 
 def align_to(first: MetaTensor, other: MetaTensor) -> MetaTensor:
@@ -376,6 +375,11 @@ def as_matrix(transform: Any) -> np.ndarray:
     return nib.affines.from_matvec(matrix, centre + transform.GetTranslation() - matrix @ centre)
 
 
+def dice(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Overlap of two bool masks of one shape."""
+    return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
+
+
 def _check_mni(to_scan: np.ndarray, image: MetaTensor, inside: MetaTensor) -> None:
     to_mni, target = np.linalg.inv(to_scan), template()[1]
     scales = np.linalg.svd(to_mni[:3, :3], compute_uv=False)
@@ -383,10 +387,9 @@ def _check_mni(to_scan: np.ndarray, image: MetaTensor, inside: MetaTensor) -> No
         raise _failed(image, "MNI152", f"the estimate scales by {scales.min():.2f} to {scales.max():.2f}, or mirrors")
     moved = MetaTensor(inside.as_tensor(), affine=to_mni @ np.asarray(inside.affine))
     there = onto(moved, (np.asarray(target.affine), tuple(target.shape[1:]))).as_tensor() >= 0.5
-    both = there & (target.as_tensor() > 0)
-    dice = 2 * float(both.sum()) / float(there.sum() + target.sum())
-    if dice < MIN_DICE:
-        raise _failed(image, "MNI152", f"brain and template overlap by a Dice of {dice:.2f} only")
+    overlap = dice(there, target.as_tensor() > 0)
+    if overlap < MIN_DICE:
+        raise _failed(image, "MNI152", f"brain and template overlap by a Dice of {overlap:.2f} only")
 
 
 def _failed(image: MetaTensor, target: str, fact: str) -> RegistrationError:

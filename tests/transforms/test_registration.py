@@ -113,9 +113,11 @@ def test_grid_of_the_template_says_that_a_brain_is_in_mni(signs):
     affine = affine @ np.diag([*signs, 1])
     affine[0, 3] = 90 if signs[0] < 0 else -91  # FSL's own origin, and the same voxels mirrored
     brain = registration.onto(template()[1], (affine, shape))
-    brain = MetaTensor(ndimage.binary_erosion(brain[0].numpy() > 0.5, iterations=8)[None], affine=affine)
+    small = MetaTensor(ndimage.binary_erosion(brain[0].numpy() > 0.5, iterations=9)[None], affine=affine)
+    brain = MetaTensor(ndimage.binary_erosion(brain[0].numpy() > 0.5, iterations=2)[None], affine=affine)
     far = np.diag([1.2, 1.2, 1.2, 1])
     assert is_mni(brain.float(), brain, far)
+    assert not is_mni(small.float(), small, far)  # registered rigidly: it is not as large as the template
     elsewhere = MetaTensor(brain.as_tensor(), affine=nib.affines.from_matvec(np.eye(3), [40, 0, 0]) @ affine)
     assert not is_mni(elsewhere.float(), elsewhere, far)
 
