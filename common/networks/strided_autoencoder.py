@@ -10,6 +10,42 @@ from monai.networks.nets.vqvae import Decoder, Encoder
 from torch import Tensor, nn
 
 
+def strided_networks(
+    spatial_dims: int,
+    in_channels: int,
+    channels: Sequence[int],
+    encoded_channels: int,
+    latent_channels: int,
+    num_res_layers: int,
+) -> tuple[Encoder, Decoder]:
+    """Encoder from images to `encoded_channels` and decoder from `latent_channels` to images, unbounded.
+
+    The other arguments are those of `StridedAutoencoderKL`.
+    """
+    shared: dict[str, Any] = {
+        "spatial_dims": spatial_dims,
+        "channels": channels,
+        "num_res_layers": num_res_layers,
+        "num_res_channels": channels,
+        "dropout": 0.0,
+        "act": "RELU",
+    }
+    encoder = Encoder(
+        in_channels=in_channels,
+        out_channels=encoded_channels,
+        downsample_parameters=((2, 4, 1, 1),) * len(channels),
+        **shared,
+    )
+    decoder = Decoder(
+        in_channels=latent_channels,
+        out_channels=in_channels,
+        upsample_parameters=((2, 4, 1, 1, 0),) * len(channels),
+        output_act=None,
+        **shared,
+    )
+    return encoder, decoder
+
+
 class StridedAutoencoderKL(nn.Module):
     """VQ-VAE encoder and decoder (van den Oord et al. 2017, as in MONAI) around a Gaussian bottleneck.
 
@@ -31,27 +67,8 @@ class StridedAutoencoderKL(nn.Module):
         num_res_layers: int = 2,
     ) -> None:
         super().__init__()
-        levels = len(channels)
-        shared: dict[str, Any] = {
-            "spatial_dims": spatial_dims,
-            "channels": channels,
-            "num_res_layers": num_res_layers,
-            "num_res_channels": channels,
-            "dropout": 0.0,
-            "act": "RELU",
-        }
-        self.encoder = Encoder(
-            in_channels=in_channels,
-            out_channels=2 * latent_channels,
-            downsample_parameters=((2, 4, 1, 1),) * levels,
-            **shared,
-        )
-        self.decoder = Decoder(
-            in_channels=latent_channels,
-            out_channels=in_channels,
-            upsample_parameters=((2, 4, 1, 1, 0),) * levels,
-            output_act=None,
-            **shared,
+        self.encoder, self.decoder = strided_networks(
+            spatial_dims, in_channels, channels, 2 * latent_channels, latent_channels, num_res_layers
         )
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,260 @@
+"""BerDiff: masked Bernoulli diffusion for unsupervised anomaly detection (Wolleb et al., MICCAI 2024).
+
+An autoencoder turns a slice into bits, and a diffusion model learns which bits of a noised healthy code were flipped.
+At test time the noised code of the input walks back. An entry that the model wants to flip is masked; all the others
+are kept as the input has them. The decoded result is the pseudo-healthy slice. arXiv 2403.11667.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from monai.losses import PatchAdversarialLoss
+from monai.networks.blocks.selfattention import SABlock
+from monai.networks.nets import DiffusionModelUNet
+from monai.networks.nets.diffusion_model_unet import zero_module
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
+
+from ..networks.latent_space import LatentSpace
+from ..schedulers.bernoulli import BernoulliScheduler
+from .base import AnomalyDetector, TrainingObjective
+
+
+def flip_unet(
+    latent_channels: int = 128,
+    channels: Sequence[int] = (128, 256, 256, 256),
+    num_res_blocks: int = 2,
+    attention_levels: Sequence[bool] = (False, True, False, False),
+    norm_num_groups: int = 32,
+) -> DiffusionModelUNet:
+    """MONAI's U-Net as published: logits of a flip, (B, N, h, w); single heads whose outputs start at zero.
+
+    The defaults are the paper's, 36,034,432 parameters.
+    """
+    unet = DiffusionModelUNet(
+        spatial_dims=2,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        num_res_blocks=num_res_blocks,
+        channels=channels,
+        attention_levels=attention_levels,
+        norm_num_groups=norm_num_groups,
+        norm_eps=1e-5,
+        num_head_channels=channels,
+    )
+    for module in unet.modules():
+        if isinstance(module, SABlock):
+            zero_module(module.out_proj)
+    return unet
+
+
+class BerDiff(AnomalyDetector):
+    """The detector (Algorithm 1); the image-level score is the share of masked entries.
+
+    Args:
+        latent_space: of bits, `BinaryLatentSpace`.
+        unet: logits of P(bit was flipped) from (z_t, t), such as `flip_unet`.
+        L: noise steps, 1 to T; 200 in the paper.
+        P: an entry is masked where its probability of a flip is above, in [0, 1); 0 masks all: the unmasked variant.
+        num_inference_steps: network calls in which L is walked; default: L, as published.
+        encoding: bits of the input, "sample" z ~ B(p) as published or "threshold" p > 0.5.
+        final: what is decoded. "sample": bits drawn in the last step (paper). "threshold": the more likely bits.
+            "soft": their probabilities. "soft_unstitched": those without the mask, which the last step then does not
+            extend (published code).
+        num_passes: random walks, over which map, reconstruction and score are averaged.
+        noise_index_offset: 1 noises once more than is walked back, as the published code does.
+        batch_size: slices that the encoder and the U-Net take at a time, see `in_equal_batches`.
+
+    Raises ValueError where a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        latent_space: LatentSpace,
+        unet: DiffusionModelUNet,
+        scheduler: BernoulliScheduler,
+        L: int = 200,
+        P: float = 0.5,
+        num_inference_steps: int | None = None,
+        encoding: Literal["sample", "threshold"] = "sample",
+        final: Literal["sample", "threshold", "soft", "soft_unstitched"] = "sample",
+        num_passes: int = 1,
+        noise_index_offset: int = 0,
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__()
+        if not 0 <= P < 1 or min(num_passes, batch_size) < 1:
+            fact = f"{P}, {num_passes}, {batch_size}"
+            raise ValueError(f"P must be in [0, 1), num_passes and batch_size at least 1: {fact}")
+        if not 0 <= L - 1 + noise_index_offset < scheduler.num_train_timesteps:
+            raise ValueError(f"L = {L} with offset {noise_index_offset} is not in [1, {scheduler.num_train_timesteps}]")
+        scheduler.set_timesteps(L if num_inference_steps is None else num_inference_steps, L)
+        self.latent_space = latent_space
+        self.unet = unet
+        self.scheduler = scheduler
+        self.P = P
+        self.encoding = encoding
+        self.final = final
+        self.num_passes = num_passes
+        self.noise_index_offset = noise_index_offset
+        self.batch_size = batch_size
+        self.size_divisor = latent_space.downsampling * 2 ** (len(unet.block_out_channels) - 1)
+
+    def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        image = convert_to_tensor(image, track_meta=False)  # the meta data of a batch does not survive its splitting
+        p = in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image)
+        passes = [self.one_pass(image, p, generators) for _ in range(self.num_passes)]
+        anomaly_map, reconstruction, self._share = (torch.stack(part).mean(0) for part in zip(*passes, strict=True))
+        return anomaly_map, reconstruction
+
+    def _score(self, anomaly_map: Tensor, foreground: Tensor) -> Tensor:
+        return self._share  # of the walk that gave this map
+
+    def one_pass(self, image: Tensor, p: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
+        """Map (B, 1, H, W), the sum over channels of (x - x_hat)^2; x_hat (B, C, H, W); share of masked entries (B,).
+
+        p: (B, N, h, w), P(z = 1) of the image.
+        """
+        threshold = uniform_like(p, generators) if self.encoding == "sample" else 0.5
+        code, mask = self.walk((p > threshold).to(image.dtype), generators)
+        x_hat = self.latent_space.decode(code).clamp(0, 1)
+        return (image - x_hat).square().sum(1, keepdim=True), x_hat, mask.flatten(1).float().mean(1)
+
+    def walk(self, z: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Noise z and walk back: the code to decode, and the mask of what may differ from z, bool; all (B, N, h, w)."""
+        steps = self.scheduler.timesteps
+        start = torch.full((len(z),), steps[0] + self.noise_index_offset, device=z.device)
+        z_t, mask = self.scheduler.add_noise(z, uniform_like(z, generators), start), torch.zeros_like(z).bool()
+        for t, s in zip(steps, [*steps[1:], -1], strict=True):
+            eps = in_equal_batches(self.unet, self.batch_size, z_t, torch.full_like(start, t)).sigmoid()
+            z0 = (z_t - eps).abs()  # P(z0 = 1)
+            if s < 0 and self.final == "soft_unstitched":
+                return z0, mask
+            mask = mask | (eps > self.P) | (self.P == 0)  # a saturated eps is 0 in float32
+            z0 = torch.where(mask, z0, z)
+            if s < 0 and self.final != "sample":
+                return z0 if self.final == "soft" else (z0 > 0.5).to(z.dtype), mask
+            z_t = self.scheduler.step(z_t, z0, t, s, uniform_like(z, generators))
+        return z_t, mask
+
+
+def in_equal_batches(network: Callable[..., Tensor], size: int, *inputs: Tensor) -> Tensor:
+    """The network's output for inputs (B, ...), given to it in batches of exactly `size`; zeros fill up the last one.
+
+    Layers round differently in batches of other sizes. Elsewhere that is noise of 1e-6; here it flips a bit now and
+    then, and so another walk begins: one slice in ten would differ between a batch and alone.
+    """
+    outputs = []
+    for parts in zip(*(x.split(size) for x in inputs), strict=True):
+        n = len(parts[0])
+        outputs.append(network(*(torch.cat([x, x.new_zeros(size - n, *x.shape[1:])]) for x in parts))[:n])
+    return torch.cat(outputs)
+
+
+def uniform_like(reference: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Uniform in [0, 1), float32, one generator per slice, drawn on the CPU so that every device sees the same."""
+    u = torch.stack([torch.rand(reference.shape[1:], generator=g) for g in generators])
+    return u.to(reference.device)
+
+
+class BerDiffObjective(TrainingObjective):
+    """Cross entropy of the flips z_t XOR z0, the mean over all entries, in nats.
+
+    Args:
+        detector: the `BerDiff` whose U-Net is trained; its latent space stays frozen.
+        max_t: training draws t from 0 .. max_t - 1; default: from all T steps, as published. Detection never asks for
+            more than L of them.
+
+    Raises ValueError where `max_t` is not in [1, T].
+    """
+
+    def __init__(self, detector: BerDiff, max_t: int | None = None) -> None:
+        super().__init__()
+        T = detector.scheduler.num_train_timesteps
+        self.max_t = T if max_t is None else max_t
+        if not 1 <= self.max_t <= T:
+            raise ValueError(f"max_t = {max_t} is not in [1, {T}]")
+        self.detector = detector
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        foreground: Tensor | None = None,
+        posterior: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Give images, or the cached `posterior` of the latent space; bits are drawn anew at every call."""
+        if images is not None:
+            with torch.no_grad():
+                posterior = self.detector.latent_space.posterior(images)
+        if posterior is None:
+            raise ValueError("give images, or a posterior")
+        p, _ = posterior
+        z0 = (torch.rand_like(p) < p).to(p.dtype)
+        t = torch.randint(self.max_t, (len(z0),), device=z0.device)
+        z_t = self.detector.scheduler.add_noise(z0, torch.rand_like(z0), t)
+        return {"loss": self.flip_loss(z0, z_t, self.detector.unet(z_t, t))}
+
+    def flip_loss(self, z0: Tensor, z_t: Tensor, logits: Tensor) -> Tensor:
+        """Mean of -log P(flip or no flip), nats; the published code divides by ln 2. All (B, N, h, w)."""
+        return F.binary_cross_entropy_with_logits(logits.float(), (z_t - z0).abs().float())
+
+
+class BinaryAutoencoderObjective(TrainingObjective):
+    """First stage: reconstruction from sampled bits, on images in [-1, 1].
+
+    Args:
+        latent_space: the `BinaryLatentSpace` whose autoencoder is trained here.
+        reconstruction: "l1" in the code, "l2" in the paper.
+        perceptual: (reconstruction, target) -> loss, kept frozen, such as `monai.losses.PerceptualLoss`; the paper
+            has one, the code none for BRATS.
+        discriminator: adds an adversarial loss, with MONAI's `PatchDiscriminator`; the paper has one, the code none
+            before step 30,001. It learns under the same optimizer: each player's gradient stops at the other.
+        perceptual_weight, adversarial_weight: of these terms.
+    """
+
+    def __init__(
+        self,
+        latent_space: LatentSpace,
+        reconstruction: Literal["l1", "l2"] = "l1",
+        perceptual: nn.Module | None = None,
+        discriminator: nn.Module | None = None,
+        perceptual_weight: float = 1.0,
+        adversarial_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.autoencoder = latent_space.autoencoder.requires_grad_(True)
+        self.reconstruction = reconstruction
+        self.perceptual = perceptual if perceptual is None else perceptual.requires_grad_(False)
+        self.discriminator = discriminator
+        self.perceptual_weight = perceptual_weight
+        self.adversarial_weight = adversarial_weight
+        self.patch_loss = PatchAdversarialLoss(criterion="hinge")
+
+    def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
+        """Keys `loss`, `l1`, `l2`, and those of the terms in use: `perceptual`, `generator`, `discriminator`."""
+        target = images * 2 - 1
+        reconstruction, _, _ = self.autoencoder(target)
+        difference = reconstruction - target
+        losses = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
+        losses["loss"] = losses[self.reconstruction]
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(reconstruction, target)
+            losses["loss"] = losses["loss"] + self.perceptual_weight * losses["perceptual"]
+        if self.discriminator is not None:
+            losses |= self._adversarial(self.discriminator, reconstruction, target)
+            losses["loss"] = losses["loss"] + self.adversarial_weight * losses["generator"] + losses["discriminator"]
+        return losses
+
+    def _adversarial(self, discriminator: nn.Module, reconstruction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+        judged = torch.func.functional_call(discriminator, frozen, (reconstruction,))[-1]
+        fake = self.patch_loss(discriminator(reconstruction.detach())[-1], False, for_discriminator=True)
+        real = self.patch_loss(discriminator(target)[-1], True, for_discriminator=True)
+        return {
+            "generator": self.patch_loss(judged, True, for_discriminator=False),
+            "discriminator": (fake + real) / 2,
+        }
