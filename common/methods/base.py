@@ -49,17 +49,20 @@ class AnomalyDetector(nn.Module):
         if seeds is not None and seeds.shape != (len(image),):
             raise ValueError(f"seeds {tuple(seeds.shape)} are not one per slice of {len(image)}")
         generators = [torch.Generator().manual_seed(int(s)) for s in (seeds if seeds is not None else [0] * len(image))]
-        anomaly_map, reconstruction = self._detect(image * foreground, foreground, generators)
+        anomaly_map, reconstruction, *score = self._detect(image * foreground, foreground, generators)
         anomaly_map = anomaly_map.float() * foreground
         return Detection(
             anomaly_map=anomaly_map,
             reconstruction=reconstruction.float().clamp(0, 1) * foreground,
-            score=self._score(anomaly_map, foreground),
+            score=score[0] if score else self._score(anomaly_map, foreground),
         )
 
     @abstractmethod
-    def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Anomaly map (B, 1, H, W) >= 0 and reconstruction (B, C, H, W); `detect` masks and clamps both."""
+    def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, ...]:
+        """Anomaly map (B, 1, H, W) >= 0 and reconstruction (B, C, H, W); `detect` masks and clamps both.
+
+        A method with an image-level score that is not one of its map returns that too, (B,).
+        """
 
     def _score(self, anomaly_map: Tensor, foreground: Tensor) -> Tensor:
         """Image-level score (B,); default: the mean of the highest 1 % of the foreground's values."""

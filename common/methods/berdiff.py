@@ -104,15 +104,11 @@ class BerDiff(AnomalyDetector):
         self.batch_size = batch_size
         self.size_divisor = latent_space.downsampling * 2 ** (len(unet.block_out_channels) - 1)
 
-    def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+    def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, ...]:
         image = convert_to_tensor(image, track_meta=False)  # the meta data of a batch does not survive its splitting
         p = in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image)
         passes = [self.one_pass(image, p, generators) for _ in range(self.num_passes)]
-        anomaly_map, reconstruction, self._share = (torch.stack(part).mean(0) for part in zip(*passes, strict=True))
-        return anomaly_map, reconstruction
-
-    def _score(self, anomaly_map: Tensor, foreground: Tensor) -> Tensor:
-        return self._share  # of the walk that gave this map
+        return tuple(torch.stack(part).mean(0) for part in zip(*passes, strict=True))
 
     def one_pass(self, image: Tensor, p: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
         """Map (B, 1, H, W), the sum over channels of (x - x_hat)^2; x_hat (B, C, H, W); share of masked entries (B,).

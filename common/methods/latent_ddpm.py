@@ -1,0 +1,282 @@
+"""Fast unsupervised brain anomaly detection with diffusion models (Pinaya et al., MICCAI 2022, arXiv 2206.03461).
+
+A diffusion model on the latents of a VQ-VAE. Where one reverse step is unlikely, by the KL terms of the bound, the
+latent is healed: replaced by what the reverse process makes of it, given the rest. The residual counts only there.
+
+The authors published no code. What the paper leaves open is an argument here, with the default of its group's other
+code. Formulas that are misprinted in the paper (alpha for alpha_bar, mu) are those of Ho et al.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.networks.layers import gaussian_1d, separable_filtering
+from monai.networks.nets import DiffusionModelUNet
+from torch import Tensor
+
+from ..errors import BundleError
+from ..networks.latent_space import LatentSpace
+from ..networks.vq_autoencoder import codebook_use
+from ..schedulers.gaussian import GaussianScheduler, evenly_spaced
+from .base import AnomalyDetector, Detection, TrainingObjective, noise_like
+from .mad_ad import image_difference, mirror
+
+Variant = Literal["a", "b", "c", "d"]
+
+
+class LatentDDPM(AnomalyDetector):
+    """The detector (section 2 of the paper), in the four variants of its Table 1 and 3.
+
+    (a) noise the latent to `healing_start`, denoise it, residual; (b) the residual of (a) within the mask of unlikely
+    locations; (c) only these are healed, too; (d) is (c) with fewer t and DDIM.
+
+    Args:
+        latent_size: h and w, for the threshold of each location.
+        variant: "a" to "d"; (c) is the paper's method, (d) its fast form.
+        num_kl_timesteps: t of the KL map, evenly spaced in `kl_range`; default: all, in (d) 50.
+        num_healing_steps: steps of the reverse process, default: all below `healing_start` (DDPM), in (d) 50 (DDIM).
+        kl_range: 400 <= t < 600 in the paper; t of large noise are about anatomy, small ones about texture.
+        healing_start: t from which the reverse process starts, 500 in the paper.
+        percentile: of the healthy KL values at a location, above which it is unlikely.
+        known: what the reverse process sees outside the mask: the "clean" latent (paper), or that "noised" to t as in
+            RePaint, which is what the network was trained with.
+        sigma_px: smoothing of the upsampled mask; the paper gives none, half a cell at f = 4. 0 for none.
+        num_score_timesteps: t of the image-level score, spread over the whole chain; T - 1 is all of it. 0: the mean of
+            the map's highest 1 % instead, which costs no pass through the network.
+        max_batch: latents in one pass through the network; what does not fit is done in parts.
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        latent_space: LatentSpace,
+        unet: DiffusionModelUNet,
+        scheduler: GaussianScheduler,
+        latent_size: Sequence[int],
+        variant: Variant = "c",
+        num_kl_timesteps: int | None = None,
+        num_healing_steps: int | None = None,
+        kl_range: tuple[int, int] = (400, 600),
+        healing_start: int = 500,
+        percentile: float = 97.5,
+        known: Literal["clean", "noised"] = "clean",
+        sigma_px: float = 2.0,
+        num_score_timesteps: int = 50,
+        max_batch: int = 256,
+    ) -> None:
+        super().__init__()
+        first, last = kl_range
+        steps = scheduler.num_train_timesteps
+        if not (1 <= first < last <= steps and 1 <= healing_start <= steps):
+            raise ValueError(f"kl_range {kl_range} or healing_start {healing_start} is outside of [1, {steps}]")
+        self.latent_space = latent_space
+        self.unet = unet
+        self.scheduler = scheduler
+        self.variant = variant
+        is_fast = variant == "d"
+        self.kl_timesteps = evenly_spaced(first, last, num_kl_timesteps or (50 if is_fast else last - first))
+        num_healing_steps = num_healing_steps or (50 if is_fast else healing_start)
+        self.healing_timesteps = evenly_spaced(0, healing_start, num_healing_steps)[::-1]
+        self.eta = 0.0 if is_fast else 1.0
+        self.percentile = percentile
+        self.known = known
+        self.sigma_px = sigma_px
+        self.num_score_timesteps = num_score_timesteps
+        self.max_batch = max_batch
+        self.size_divisor = latent_space.downsampling * 2 ** (len(unet.block_out_channels) - 1)
+        # before it is fitted every location is unlikely
+        self.register_buffer("threshold", torch.full(tuple(latent_size), -torch.inf, dtype=torch.float64))
+
+    def detect(self, image: Tensor, foreground: Tensor | None = None, seeds: Tensor | None = None) -> Detection:
+        """As every method, with the paper's image-level score, see `num_score_timesteps`."""
+        detection = super().detect(image, foreground, seeds)
+        if self.num_score_timesteps == 0:
+            return detection
+        inside = image if foreground is None else image * foreground
+        return replace(detection, score=self.image_score(inside, seeds))
+
+    def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        z0, _ = self.latent_space.posterior(image)
+        everywhere = torch.ones_like(z0[:, :1])
+        mask = everywhere if self.variant == "a" else self.unlikely(self.kl_map(z0, generators, self.kl_timesteps))
+        z = self.heal(z0, everywhere if self.variant in ("a", "b") else mask, generators)
+        reconstruction = self.latent_space.decode(z)
+        return masked_residual(image, reconstruction, mask, self.sigma_px), reconstruction
+
+    def kl_map(self, z0: Tensor, generators: list[torch.Generator], timesteps: Sequence[int]) -> Tensor:
+        """v, the mean over t and channels of L_{t-1} (section 2.3): (B, C_z, h, w) -> (B, h, w).
+
+        Each slice has one noise for all t, as in the group's code: the map then differs less from t to t.
+        """
+        eps = noise_like(z0, generators)
+        total = torch.zeros_like(z0[:, 0])
+        for part in torch.tensor(timesteps, device=z0.device).split(max(1, self.max_batch // len(z0))):
+            t = part.repeat_interleave(len(z0))
+            eps_t, z0_t = (x.repeat(len(part), 1, 1, 1) for x in (eps, z0))
+            eps_pred = self.unet(self.scheduler.add_noise(z0_t, eps_t, t), t)
+            kl = self.scheduler.kl(eps_t, eps_pred, t).mean(dim=1)
+            total = total + kl.unflatten(0, (len(part), len(z0))).sum(dim=0)
+        return total / len(timesteps)
+
+    def unlikely(self, v: Tensor) -> Tensor:
+        """m = 1 where v reaches the threshold of its location: (B, h, w) -> (B, 1, h, w) in {0, 1}.
+
+        Latents of another size are taken to have the same centre; beyond the rim its thresholds are repeated.
+        """
+        rows, columns = (
+            (torch.arange(size, device=v.device) - (size - fitted) // 2).clamp(0, fitted - 1)
+            for size, fitted in zip(v.shape[1:], self.threshold.shape, strict=True)
+        )
+        return (v >= self.threshold[rows][:, columns]).to(v.dtype)[:, None]
+
+    def heal(self, z0: Tensor, mask: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """The reverse process where the mask is 1, from noise of level `healing_start`; elsewhere z0 stays.
+
+        z0: (B, C_z, h, w);  mask: (B, 1, h, w) in {0, 1}.
+        """
+        steps = self.healing_timesteps
+        z_t = self.noised(z0, noise_like(z0, generators), steps[0])
+        for t, t_prev in zip(steps, [*steps[1:], -1], strict=True):
+            known_noise = noise_like(z0, generators) if self.known == "noised" else None
+            z_in = self.compose(z_t, z0, mask, t, known_noise)
+            eps_pred = self.unet(z_in, torch.full((len(z0),), t, device=z0.device))
+            noise = noise_like(z0, generators) if self.eta > 0 and t_prev >= 0 else None
+            z_t = self.scheduler.step(z_in, eps_pred, t, t_prev, noise, self.eta)
+        return mask * z_t + (1 - mask) * z0
+
+    def compose(self, z_t: Tensor, z0: Tensor, mask: Tensor, t: int, known_noise: Tensor | None = None) -> Tensor:
+        """What the network sees at t: m z_t + (1 - m) z0, with z0 noised to t where noise is given."""
+        known = z0 if known_noise is None else self.noised(z0, known_noise, t)
+        return mask * z_t + (1 - mask) * known
+
+    def noised(self, z0: Tensor, eps: Tensor, t: int) -> Tensor:
+        """`add_noise` with one t for all."""
+        return self.scheduler.add_noise(z0, eps, torch.full((len(z0),), t, device=z0.device))
+
+    @torch.no_grad()
+    def image_score(self, image: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Mean KL over the whole chain, t = 1 .. T - 1 or evenly spaced ones: (B, C, H, W) -> (B,)."""
+        total = self.scheduler.num_train_timesteps
+        timesteps = evenly_spaced(1, total, self.num_score_timesteps)
+        middle = (total - 1) // self.num_score_timesteps // 2  # of the part of the chain that a t stands for
+        z0, _ = self.latent_space.posterior(image)
+        return self.kl_map(z0, _generators(image, seeds), [t + middle for t in timesteps]).mean(dim=(1, 2))
+
+    @torch.no_grad()
+    def fit_threshold(self, batches: Iterable[Tensor]) -> None:
+        """Set the threshold of each location from batches of healthy slices (B, C, H, W) (section 2.3).
+
+        Raises BundleError where their latents have another size.
+        """
+        maps, count = [], 0
+        for image in batches:
+            z0, _ = self.latent_space.posterior(image)
+            seeds = torch.arange(count, count + len(image))
+            maps.append(self.kl_map(z0, _generators(image, seeds), self.kl_timesteps).double().cpu())
+            count += len(image)
+        fitted = location_percentile(torch.cat(maps), self.percentile)
+        if fitted.shape != self.threshold.shape:
+            fact = f"thresholds of {tuple(fitted.shape)} locations for latents of {tuple(self.threshold.shape)}"
+            raise BundleError("fit_threshold", fact, "set `latent_size` to the slices' size over the downsampling")
+        self.threshold.copy_(fitted)
+
+
+def location_percentile(v: Tensor, percentile: float) -> Tensor:
+    """The percentile of each location, linearly interpolated: (n, h, w) -> (h, w) float64."""
+    # torch.quantile takes 16 million values at most
+    return torch.from_numpy(np.percentile(v.double().numpy(), percentile, axis=0))
+
+
+def masked_residual(image: Tensor, reconstruction: Tensor, mask: Tensor, sigma_px: float) -> Tensor:
+    """|x - x'| G_sigma(upsampled mask), of the worst channel: (B, C, H, W) twice, (B, 1, h, w) -> (B, 1, H, W)."""
+    upsampled = F.interpolate(mask, image.shape[2:], mode="nearest")
+    return image_difference(image, reconstruction, None) * smoothed(upsampled, sigma_px)
+
+
+def smoothed(x: Tensor, sigma_px: float) -> Tensor:
+    """Gaussian filter as SciPy's: sampled kernel, mirrored border. (B, 1, H, W) -> same."""
+    if sigma_px == 0:
+        return x
+    kernel = gaussian_1d(torch.tensor(sigma_px), truncated=4.0, approx="sampled", normalize=True)
+    margin = len(kernel) // 2
+    return separable_filtering(mirror(x, margin), [kernel.to(x)] * 2)[..., margin:-margin, margin:-margin]
+
+
+def _generators(image: Tensor, seeds: Tensor | None) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(int(s)) for s in (seeds if seeds is not None else [0] * len(image))]
+
+
+class LatentDDPMObjective(TrainingObjective):
+    """L_simple: mean of (eps - eps_pred)^2, t uniform (the paper prints a norm that is not squared).
+
+    Args:
+        detector: the `LatentDDPM` whose U-Net is trained; its latent space stays frozen.
+    """
+
+    def __init__(self, detector: LatentDDPM) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        foreground: Tensor | None = None,
+        posterior: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Give images, or the cached `posterior` of the latent space."""
+        z0 = latents(self.detector.latent_space, images, posterior)
+        t = torch.randint(self.detector.scheduler.num_train_timesteps, (len(z0),), device=z0.device)
+        eps = torch.randn_like(z0)
+        return {"loss": F.mse_loss(self.detector.unet(self.detector.scheduler.add_noise(z0, eps, t), t).float(), eps)}
+
+
+def latents(space: LatentSpace, images: Tensor | None, posterior: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Scaled quantised latents (B, C_z, h, w), without gradient, of images or from the cache of `LatentDataset`."""
+    if posterior is not None:
+        return posterior[0]
+    if images is None:
+        raise ValueError("give images, or a posterior")
+    with torch.no_grad():
+        return space.posterior(images)[0]
+
+
+class VQVAEObjective(TrainingObjective):
+    """The first stage: L1 reconstruction and commitment, on images in [-1, 1]; the codebook follows by averages.
+
+    The group's other code adds perceptual and adversarial terms, which need downloaded weights or a second network.
+
+    Args:
+        latent_space: the `LatentSpace` whose `VQAutoencoder` is trained here.
+        max_gain: images are multiplied by a random factor in [1 - max_gain, 1 + max_gain], so that intensities beyond
+            the healthy ones, as lesions have them, get codes.
+    """
+
+    def __init__(self, latent_space: LatentSpace, max_gain: float = 0.2) -> None:
+        super().__init__()
+        self.autoencoder = latent_space.autoencoder.requires_grad_(True)
+        self.autoencoder.quantizer.embedding.requires_grad_(False)
+        self.max_gain = max_gain
+
+    def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
+        """Keys `loss`, `l1`, `commitment`, and of the codebook `codes_used` and `perplexity` in this batch."""
+        if self.training:
+            gain = 1 + self.max_gain * (2 * torch.rand(len(images), 1, 1, 1, device=images.device) - 1)
+            images = (images * gain).clamp(0, 1)
+        target = images * 2 - 1
+        reconstruction, commitment, codes = self.autoencoder(target)
+        l1 = (reconstruction - target).abs().mean()
+        used, perplexity = codebook_use(codes, self.autoencoder.num_embeddings)
+        return {
+            "loss": l1 + commitment,
+            "l1": l1,
+            "commitment": commitment,
+            "codes_used": used,
+            "perplexity": perplexity,
+        }

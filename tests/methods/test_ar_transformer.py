@@ -1,0 +1,262 @@
+"""The autoregressive transformers against a toy model (golden/latent_ddpm/README.md), and the contract of a method."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common.errors import ImageShapeError
+from common.methods.ar_transformer import (
+    ORDERINGS,
+    ARTransformer,
+    ARTransformerObjective,
+    draw,
+    sequence_order,
+    unflatten,
+)
+from common.networks.latent_space import LatentSpace
+from common.networks.vq_autoencoder import VQAutoencoder
+
+GOLDEN = Path(__file__).parents[1] / "golden/latent_ddpm"
+
+
+def golden(name):
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(value) for key, value in arrays.items()}
+
+
+def tiny(num_embeddings=16, channels=1, latent_size=(4, 4), **settings):
+    torch.manual_seed(0)
+    autoencoder = VQAutoencoder(
+        in_channels=channels, channels=(4, 8), num_res_layers=1, num_embeddings=num_embeddings, embedding_dim=4
+    )
+    space = LatentSpace(autoencoder, 4)
+    space.scale.fill_(0.7)
+    # codes that encoder outputs are near to
+    autoencoder.restart_unused_codes(autoencoder.vqvae.encode(slices(8, channels) * 2 - 1).detach())
+    settings = {"num_orderings": 2, "dim": 8, "depth": 2, "heads": 2, "threshold": 0.06, "sigma_px": 1.0, **settings}
+    detector = ARTransformer(space, latent_size, **settings).eval()
+    for parameter in detector.transformers.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return detector
+
+
+def slices(batch=3, channels=1, size=16):
+    image = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
+    image[..., :3, :] = 0
+    image[..., -2:] = 0
+    return image
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+class Toy(nn.Module):
+    """The model of the golden arrays: logits by position and token before. Stands for a transformer and its reader."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.table, self.length, self.read_tokens = logits, 0, []
+
+    def forward(self, tokens):
+        return self.table[torch.arange(tokens.shape[1]), tokens]
+
+    def read(self, tokens):
+        positions = torch.arange(self.length, self.length + tokens.shape[1])
+        self.length += tokens.shape[1]
+        self.read_tokens.append(tokens)
+        return self.table[positions, tokens]
+
+
+@pytest.fixture
+def toy():
+    g = golden("ar_heal")
+    detector = tiny(4, latent_size=(3, 3), threshold=float(g["threshold"]), num_orderings=1)
+    model = Toy(g["logits_by_position_and_prev_token"])
+    detector.transformers = nn.ModuleList([model])
+    return detector, model, g
+
+
+@pytest.mark.parametrize("size", [(3, 3), (3, 4)])
+def test_orderings(size):
+    g = golden("orderings")
+    assert len(ORDERINGS) == 8
+    for index, (transpose, rows, columns) in enumerate(ORDERINGS):
+        key = f"{size[0]}x{size[1]}_T{transpose:d}_R{rows:d}{columns:d}"
+        order = sequence_order(size, index)
+        assert torch.equal(order, g[f"{key}_seq"])
+        assert torch.equal(order.argsort(), g[f"{key}_rev"])
+        cells = torch.arange(12).view(2, 6).repeat(1, 2)[:, : size[0] * size[1]]
+        assert torch.equal(unflatten(cells[:, order], order, torch.Size([2, *size])), cells.view(2, *size))
+
+
+def test_likelihood_and_mask(toy):
+    detector, _, g = toy
+    log_likelihood = detector.log_likelihood(g["sequence"][None], 0)
+    torch.testing.assert_close(log_likelihood[0], g["log_likelihood"])
+    assert torch.equal(detector.unlikely(log_likelihood)[0], g["resample_mask"])
+
+
+def test_healing(toy):
+    detector, model, g = toy
+    healed = detector.heal(g["sequence"][None], g["resample_mask"][None], model, generators(0))
+    assert torch.equal(healed[0], g["healed_argmax"])
+    read = torch.cat(model.read_tokens, dim=1)[0]
+    assert read[0] == g["bos"]
+    assert torch.equal(read[1:], g["healed_argmax"][: len(read) - 1])  # the healed prefix, each token once
+
+
+def test_quantile_flags_a_share_of_the_codes_of_each_image():
+    detector = tiny(threshold_kind="quantile", threshold=0.25)
+    log_likelihood = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[1.0], [9.0], [0.1]]
+    )
+    assert detector.unlikely(log_likelihood).sum(dim=1).tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("mode", ["argmax", "sample"])
+@torch.no_grad()
+def test_healing_with_a_cache_is_healing_without(mode):
+    detector = tiny(mode=mode)
+    generator = torch.Generator().manual_seed(0)
+    sequence = torch.randint(16, (3, 16), generator=generator)
+    unlikely = torch.rand(3, 16, generator=generator) < 0.3
+    healed = detector.heal(sequence, unlikely, detector.reader(1), generators(1, 2, 3))
+    own, expected = generators(1, 2, 3), sequence.clone()
+    for position in range(16):
+        logits = detector.logits(expected, 1)[:, position, :16]
+        for i in range(3):
+            if unlikely[i, position]:
+                token = logits[i].argmax() if mode == "argmax" else draw(logits[i], own[i])
+                expected[i, position] = token
+    assert torch.equal(healed, expected)
+    assert torch.equal(healed[~unlikely], sequence[~unlikely])
+    assert (healed != sequence).any()
+
+
+def test_begin_token_is_never_put_into_an_image(toy):
+    detector, model, g = toy
+    model.table[..., 4] = 50.0
+    for detector.mode in ("argmax", "sample"):
+        model.length = 0
+        healed = detector.heal(g["sequence"][None], torch.ones(1, 9, dtype=torch.bool), model, generators(0))
+        assert healed.max() < 4
+
+
+def test_tokens_are_drawn_by_their_probability():
+    logits, generator = torch.tensor([0.2, 0.5, 0.0, 0.3]).log(), torch.Generator().manual_seed(0)
+    drawn = torch.tensor([draw(logits, generator) for _ in range(2000)])
+    share = torch.bincount(drawn, minlength=4) / 2000
+    torch.testing.assert_close(share, logits.exp(), atol=0.04, rtol=0)
+    assert share[2] == 0
+
+
+def test_map_is_the_mean_over_the_orderings():
+    ensemble, image = tiny(num_orderings=8), slices()
+    together = ensemble.detect(image)
+    maps, scores = [], []
+    for index in range(8):
+        single = tiny(num_orderings=8)
+        single.transformers = nn.ModuleList([ensemble.transformers[index]])
+        single.sequence = lambda codes, _, index=index: ensemble.sequence(codes, index)
+        detection = single.detect(image)
+        maps.append(detection.anomaly_map)
+        scores.append(detection.score)
+    torch.testing.assert_close(together.anomaly_map, torch.stack(maps).mean(dim=0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.score, torch.stack(scores).mean(dim=0))
+    assert torch.stack(maps).std(dim=0).max() > 1e-2
+
+
+def test_score_is_the_negative_log_likelihood_of_the_codes():
+    detector, image = tiny(num_orderings=1), slices()
+    codes = detector.latent_space.autoencoder.nearest_codes(
+        detector.latent_space.autoencoder.vqvae.encode(image * 2 - 1)
+    )
+    with torch.no_grad():
+        log_p = detector.transformers[0](torch.cat([torch.full((3, 1), 16), codes.flatten(1)[:, :-1]], 1)).log_softmax(
+            2
+        )
+    expected = -torch.stack([log_p[i, range(16), codes[i].flatten()].sum() for i in range(3)])
+    torch.testing.assert_close(detector.detect(image).score, expected)
+
+
+def test_nothing_unlikely_nothing_found():
+    detector, image = tiny(threshold=0.0), slices()
+    detection = detector.detect(image)
+    assert not detection.anomaly_map.any()
+    z, _ = detector.latent_space.posterior(image)
+    expected = detector.latent_space.decode(z).clamp(0, 1) * (image > 0)
+    torch.testing.assert_close(detection.reconstruction, expected, atol=1e-5, rtol=0)
+
+
+# --- the contract ---
+
+
+@pytest.mark.parametrize("mode", ["argmax", "sample"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_detection(mode, channels):
+    image = slices(channels=channels)
+    foreground = (image > 0).any(dim=1, keepdim=True)
+    detection = tiny(mode=mode, channels=channels).detect(image, seeds=torch.arange(3))
+    assert detection.anomaly_map.shape == (3, 1, 16, 16)
+    assert detection.anomaly_map.min() >= 0
+    assert (detection.anomaly_map.flatten(1).max(dim=1).values > 1e-3).all()
+    assert (detection.anomaly_map[~foreground] == 0).all()
+    assert detection.reconstruction.shape == image.shape
+    assert (detection.reconstruction * ~foreground == 0).all()
+    assert 0 <= detection.reconstruction.min() <= detection.reconstruction.max() <= 1
+    assert (detection.score > 0).all()
+
+
+@pytest.mark.parametrize("mode", ["argmax", "sample"])
+def test_slice_gives_the_same_alone_and_in_any_batch(mode):
+    detector, image, seeds = tiny(mode=mode), slices(), torch.tensor([7, 3, 11])
+    together, reverse = detector.detect(image, seeds=seeds), detector.detect(image.flip(0), seeds=seeds.flip(0))
+    torch.testing.assert_close(reverse.anomaly_map.flip(0), together.anomaly_map, atol=1e-5, rtol=0)
+    for index in range(3):
+        alone = detector.detect(image[index : index + 1], seeds=seeds[index : index + 1])
+        torch.testing.assert_close(alone.anomaly_map[0], together.anomaly_map[index], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.reconstruction[0], together.reconstruction[index], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.score[0], together.score[index], atol=1e-4, rtol=0)
+
+
+def test_samples_depend_on_the_seed_alone():
+    detector, image = tiny(mode="sample"), slices(1)
+    state = torch.get_rng_state()
+    first, again, other = (detector.detect(image, seeds=torch.tensor([s])).anomaly_map for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 1e-4
+
+
+def test_smaller_slices_are_fine_and_larger_ones_refused():
+    detector = tiny()
+    assert detector.detect(torch.rand(1, 1, 8, 12)).anomaly_map.shape == (1, 1, 8, 12)
+    with pytest.raises(ImageShapeError, match="16 x 20 pixels have more than 16 codes"):
+        detector.detect(torch.rand(1, 1, 16, 20))
+    with pytest.raises(ValueError, match="multiples of 4"):
+        detector.detect(torch.rand(1, 1, 15, 16))
+
+
+# --- the training objective ---
+
+
+def test_loss_is_the_mean_negative_log_likelihood():
+    detector, image = tiny(num_orderings=3), slices()
+    objective = ARTransformerObjective(detector)
+    score = detector.image_score(image).mean() / 16
+    torch.testing.assert_close(objective(image)["loss"], score)
+    torch.testing.assert_close(objective(posterior=detector.latent_space.posterior(image))["loss"], score)
+    with pytest.raises(ValueError, match="give images"):
+        objective()
+
+
+def test_only_the_transformers_are_trained():
+    objective = ARTransformerObjective(tiny()).train()
+    objective(slices())["loss"].backward()
+    used = [p for n, p in objective.detector.transformers.named_parameters() if "norm_cross_attn" not in n]
+    assert all(p.grad is not None for p in used)
+    assert all(p.grad is None for p in objective.detector.latent_space.parameters())
