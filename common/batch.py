@@ -64,6 +64,16 @@ class StatusTable:
             file.write(("\t".join(row) + "\n").encode())
         self.rows[case] = row
 
+    def add_error(self, case: str, error: Exception, seconds: float) -> None:
+        """Append the line of a case that failed, and say it on stderr."""
+        cause = root_cause(error)
+        self.add(case, type(cause).__name__, seconds, str(cause))
+        tqdm.write(f"{type(cause).__name__}: {self.rows[case][-1]}", file=sys.stderr)
+
+    def is_ok(self, case: str) -> bool:
+        """Whether the case is there and went well."""
+        return case in self.rows and self.rows[case][1] == OK
+
 
 class CaseRunner:
     """Takes items one by one through the evaluator of a bundle's inference workflow; the model is loaded once.
@@ -86,12 +96,12 @@ class CaseRunner:
         self._error = error
 
     def __call__(self, item: Mapping[str, Any]) -> None:
-        """Detect, and write the case. Raises what went wrong, a UADError where the input is to blame."""
+        """Detect, and write the case. Raises what went wrong, with a UADError as its cause if the input is to blame."""
         self._error = None
         self.evaluator.data_loader = DataLoader(Dataset([item], self.preprocessing))
         self.evaluator.run()
         if self._error is not None:
-            raise root_cause(self._error) from None
+            raise self._error
 
 
 def detect_cases(
@@ -120,11 +130,10 @@ def detect_cases(
                 if overwrite or not runner.saver.is_finished(item):
                     runner(item)
                     table.add(case, OK, time.perf_counter() - started)
-                elif table.rows.get(case, ("", ""))[1] != OK:
+                elif not table.is_ok(case):
                     table.add(case, OK, 0, "was finished before")
             except Exception as error:
                 failed += 1
-                table.add(case, type(error).__name__, time.perf_counter() - started, str(error))
-                tqdm.write(f"{type(error).__name__}: {table.rows[case][-1]}", file=sys.stderr)
+                table.add_error(case, error, time.perf_counter() - started)
     print(f"{len(mine) - failed} of {len(mine)} cases done: {table.path}")
     return failed

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigWorkflow
 
 from .errors import BundleError
-from .transforms.check import root_cause
+from .transforms.check import typed_errors
 
 BUNDLES_DIR = Path(__file__).resolve().parent.parent / "bundles"
 
@@ -75,18 +73,6 @@ def load_workflow(name: str, configs: list[str], workflow_type: str = "infer", *
         bundle_root=str(root),
         **override,
     )
-
-
-@contextmanager
-def typed_errors() -> Iterator[None]:
-    """Raise the UADError inside MONAI's RuntimeErrors, where an input is to blame."""
-    try:
-        yield
-    except Exception as error:
-        cause = root_cause(error)
-        if cause is error:
-            raise
-        raise cause from None
 
 
 def run_inference(name: str, configs: list[str], **override: Any) -> None:

@@ -23,11 +23,11 @@ from .bundle import (
     metadata,
     run_inference,
     run_training,
-    typed_errors,
 )
 from .data.cases import find_cases
 from .errors import UADError
 from .prepare import prepare_cohort
+from .transforms.check import typed_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -13,7 +13,7 @@ from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
 from .errors import UADError
-from .transforms.check import root_cause
+from .transforms.check import typed_errors
 
 
 class Bfloat16Inferer(SimpleInferer):
@@ -32,13 +32,8 @@ class DetectionEvaluator(SupervisedEvaluator):
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Run over the data loader once."""
-        try:
+        with typed_errors():
             super().run(global_epoch)
-        except RuntimeError as error:
-            cause = root_cause(error)
-            if cause is error:
-                raise
-            raise cause from None
 
 
 def run_or_exit(evaluator: DetectionEvaluator) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,6 @@ from .batch import OK, StatusTable
 from .data.cohort import cohort_modalities, read_cohort
 from .files import replacing
 from .report.case import save_nifti
-from .transforms.check import root_cause
 from .transforms.load import load_lesion
 from .transforms.pipeline import BrainPreprocessing
 
@@ -40,7 +38,7 @@ def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool
             names = [*modalities, "brain", *(["lesion"] if "lesion" in item else [])]
             paths = {name: f"{subject}/{name}.nii.gz" for name in names}
             try:
-                if table.rows.get(subject, ("", ""))[1] != OK:
+                if not table.is_ok(subject):
                     volumes = prepare_subject(preprocessing, item)
                     for name, volume in zip(names, volumes, strict=True):
                         with replacing(output / paths[name]) as temporary:
@@ -49,9 +47,7 @@ def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool
                 rows.append({"subject": subject, "split": item.get("split", ""), **paths})
             except Exception as error:
                 failed += 1
-                cause = root_cause(error)
-                table.add(subject, type(cause).__name__, time.perf_counter() - started, str(cause))
-                tqdm.write(f"{type(cause).__name__}: {table.rows[subject][-1]}", file=sys.stderr)
+                table.add_error(subject, error, time.perf_counter() - started)
     with replacing(output / "cohort.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["subject", "split", *modalities, "brain", "lesion"], lineterminator="\n")
         writer.writeheader()

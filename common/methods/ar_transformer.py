@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..errors import ImageShapeError
 from ..networks.cached_transformer import TokenReader, lean_transformer
-from ..networks.latent_space import LatentSpace
+from ..networks.latent_space import LatentSpace, latents
 from .base import AnomalyDetector, Detection, TrainingObjective
-from .latent_ddpm import latents, masked_residual
+from .latent_ddpm import masked_residual
 
 # raster scans: identity or transposed, then rows and columns flipped or not
 ORDERINGS = list(product((False, True), repeat=3))

@@ -23,6 +23,7 @@ from torch import Generator, Tensor, nn
 
 from ..errors import BundleError
 from ..weights import load_weights
+from .base import seeded_generators
 from .ddpm import DDPM, DDPMObjective, median, walk
 
 
@@ -134,7 +135,7 @@ class AutoDDPM(DDPM):
         """
         maps, count = [], 0
         for image in batches:
-            generators = [Generator().manual_seed(count + i) for i in range(len(image))]
+            generators = seeded_generators(range(count, count + len(image)))
             maps.append(self.combined_map(image, self.coarse(image, generators)).flatten().cpu())
             count += len(image)
         self.threshold.fill_(exceeded_by(torch.cat(maps), max_share))

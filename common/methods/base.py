@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from monai.networks.layers import gaussian_1d, separable_filtering
 from torch import Tensor, nn
 
 
@@ -48,7 +50,7 @@ class AnomalyDetector(nn.Module):
             raise ValueError(f"foreground {tuple(foreground.shape)} does not fit image {tuple(image.shape)}")
         if seeds is not None and seeds.shape != (len(image),):
             raise ValueError(f"seeds {tuple(seeds.shape)} are not one per slice of {len(image)}")
-        generators = [torch.Generator().manual_seed(int(s)) for s in (seeds if seeds is not None else [0] * len(image))]
+        generators = seeded_generators([0] * len(image) if seeds is None else seeds)
         anomaly_map, reconstruction, *score = self._detect(image * foreground, foreground, generators)
         anomaly_map = anomaly_map.float() * foreground
         return Detection(
@@ -100,3 +102,29 @@ def noise_like(reference: Tensor, generators: list[torch.Generator]) -> Tensor:
     """Standard normal noise, one generator per slice, drawn on the CPU so that every device sees the same."""
     noise = torch.stack([torch.randn(reference.shape[1:], generator=g) for g in generators])
     return noise.to(reference)
+
+
+def seeded_generators(seeds: Iterable[int] | Tensor) -> list[torch.Generator]:
+    """One generator per seed."""
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def smoothed(x: Tensor, sigma_px: float) -> Tensor:
+    """Gaussian filter as SciPy's: sampled kernel, mirrored border; 0 for none. (B, 1, H, W) -> same.
+
+    MONAI's `GaussianFilter` pads with zeros and keeps sigma in the weights, where a config could not change it.
+    """
+    if sigma_px == 0:
+        return x
+    kernel = gaussian_1d(torch.tensor(sigma_px), truncated=4.0, approx="sampled", normalize=True)
+    margin = len(kernel) // 2
+    return separable_filtering(mirror(x, margin), [kernel.to(x)] * 2)[..., margin:-margin, margin:-margin]
+
+
+def mirror(x: Tensor, margin: int) -> Tensor:
+    """Pad H and W on both sides, d c b a | a b c d | d c b a: SciPy's "reflect", which PyTorch lacks; any margin."""
+    for dim in (-2, -1):
+        size = x.shape[dim]
+        index = torch.arange(-margin, size + margin, device=x.device) % (2 * size)
+        x = x.index_select(dim, torch.minimum(index, 2 * size - 1 - index))
+    return x

@@ -19,7 +19,7 @@ from monai.networks.nets.diffusion_model_unet import zero_module
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
-from ..networks.latent_space import LatentSpace
+from ..networks.latent_space import LatentSpace, latents
 from ..schedulers.bernoulli import BernoulliScheduler
 from .base import AnomalyDetector, TrainingObjective
 
@@ -183,12 +183,7 @@ class BerDiffObjective(TrainingObjective):
         posterior: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Give images, or the cached `posterior` of the latent space; bits are drawn anew at every call."""
-        if images is not None:
-            with torch.no_grad():
-                posterior = self.detector.latent_space.posterior(images)
-        if posterior is None:
-            raise ValueError("give images, or a posterior")
-        p, _ = posterior
+        p = latents(self.detector.latent_space, images, posterior)
         z0 = (torch.rand_like(p) < p).to(p.dtype)
         t = torch.randint(self.max_t, (len(z0),), device=z0.device)
         z_t = self.detector.scheduler.add_noise(z0, torch.rand_like(z0), t)

@@ -16,16 +16,15 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.networks.layers import gaussian_1d, separable_filtering
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor
 
 from ..errors import BundleError
-from ..networks.latent_space import LatentSpace
+from ..networks.latent_space import LatentSpace, latents
 from ..networks.vq_autoencoder import codebook_use
 from ..schedulers.gaussian import GaussianScheduler, evenly_spaced
-from .base import AnomalyDetector, Detection, TrainingObjective, noise_like
-from .mad_ad import image_difference, mirror
+from .base import AnomalyDetector, Detection, TrainingObjective, noise_like, seeded_generators, smoothed
+from .mad_ad import image_difference
 
 Variant = Literal["a", "b", "c", "d"]
 
@@ -167,7 +166,9 @@ class LatentDDPM(AnomalyDetector):
         timesteps = evenly_spaced(1, total, self.num_score_timesteps)
         middle = (total - 1) // self.num_score_timesteps // 2  # of the part of the chain that a t stands for
         z0, _ = self.latent_space.posterior(image)
-        return self.kl_map(z0, _generators(image, seeds), [t + middle for t in timesteps]).mean(dim=(1, 2))
+        return self.kl_map(
+            z0, seeded_generators([0] * len(image) if seeds is None else seeds), [t + middle for t in timesteps]
+        ).mean(dim=(1, 2))
 
     @torch.no_grad()
     def fit_threshold(self, batches: Iterable[Tensor]) -> None:
@@ -178,8 +179,8 @@ class LatentDDPM(AnomalyDetector):
         maps, count = [], 0
         for image in batches:
             z0, _ = self.latent_space.posterior(image)
-            seeds = torch.arange(count, count + len(image))
-            maps.append(self.kl_map(z0, _generators(image, seeds), self.kl_timesteps).double().cpu())
+            generators = seeded_generators(range(count, count + len(image)))
+            maps.append(self.kl_map(z0, generators, self.kl_timesteps).double().cpu())
             count += len(image)
         fitted = location_percentile(torch.cat(maps), self.percentile)
         if fitted.shape != self.threshold.shape:
@@ -198,19 +199,6 @@ def masked_residual(image: Tensor, reconstruction: Tensor, mask: Tensor, sigma_p
     """|x - x'| G_sigma(upsampled mask), of the worst channel: (B, C, H, W) twice, (B, 1, h, w) -> (B, 1, H, W)."""
     upsampled = F.interpolate(mask, image.shape[2:], mode="nearest")
     return image_difference(image, reconstruction, None) * smoothed(upsampled, sigma_px)
-
-
-def smoothed(x: Tensor, sigma_px: float) -> Tensor:
-    """Gaussian filter as SciPy's: sampled kernel, mirrored border. (B, 1, H, W) -> same."""
-    if sigma_px == 0:
-        return x
-    kernel = gaussian_1d(torch.tensor(sigma_px), truncated=4.0, approx="sampled", normalize=True)
-    margin = len(kernel) // 2
-    return separable_filtering(mirror(x, margin), [kernel.to(x)] * 2)[..., margin:-margin, margin:-margin]
-
-
-def _generators(image: Tensor, seeds: Tensor | None) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(int(s)) for s in (seeds if seeds is not None else [0] * len(image))]
 
 
 class LatentDDPMObjective(TrainingObjective):
@@ -235,16 +223,6 @@ class LatentDDPMObjective(TrainingObjective):
         t = torch.randint(self.detector.scheduler.num_train_timesteps, (len(z0),), device=z0.device)
         eps = torch.randn_like(z0)
         return {"loss": F.mse_loss(self.detector.unet(self.detector.scheduler.add_noise(z0, eps, t), t).float(), eps)}
-
-
-def latents(space: LatentSpace, images: Tensor | None, posterior: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Scaled quantised latents (B, C_z, h, w), without gradient, of images or from the cache of `LatentDataset`."""
-    if posterior is not None:
-        return posterior[0]
-    if images is None:
-        raise ValueError("give images, or a posterior")
-    with torch.no_grad():
-        return space.posterior(images)[0]
 
 
 class VQVAEObjective(TrainingObjective):

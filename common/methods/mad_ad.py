@@ -13,13 +13,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers import gaussian_1d, separable_filtering
 from torch import Tensor
 
 from ..networks.latent_space import LatentSpace
 from ..networks.masked_unet import MaskedDiffusionUNet
 from ..schedulers.masked_ddim import MaskedDDIMScheduler
-from .base import AnomalyDetector, TrainingObjective, foreground_of, noise_like
+from .base import AnomalyDetector, TrainingObjective, foreground_of, noise_like, smoothed
 
 MapKind = Literal["image", "input", "latent", "mask"]
 
@@ -70,16 +69,8 @@ class MADAD(AnomalyDetector):
         return self.smoothed(anomaly_map), reconstruction
 
     def smoothed(self, anomaly_map: Tensor) -> Tensor:
-        """Gaussian filter as SciPy's, which is published: sampled kernel, mirrored border. (B, 1, H, W) -> same.
-
-        MONAI's `GaussianFilter` pads with zeros and keeps sigma in the weights, where a config could not change it.
-        """
-        if self.sigma_px == 0:
-            return anomaly_map
-        kernel = gaussian_1d(torch.tensor(self.sigma_px), truncated=4.0, approx="sampled", normalize=True)
-        margin = len(kernel) // 2
-        smooth = separable_filtering(mirror(anomaly_map, margin), [kernel.to(anomaly_map)] * 2)
-        return smooth[..., margin:-margin, margin:-margin]
+        """The map smoothed as published; (B, 1, H, W) -> same."""
+        return smoothed(anomaly_map, self.sigma_px)
 
     def correct(self, z: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """The reverse process from the input's own latent, without forward noise (eq. 5 to 7).
@@ -101,15 +92,6 @@ def image_difference(a: Tensor, b: Tensor, gamma: float | None) -> Tensor:
     """min(max over channels |a - b|, gamma) / gamma, (B, 1, H, W) in [0, 1]; unclipped and unscaled without gamma."""
     difference = (a - b).abs().amax(dim=1, keepdim=True)
     return difference if gamma is None else difference.clamp(max=gamma) / gamma
-
-
-def mirror(x: Tensor, margin: int) -> Tensor:
-    """Pad H and W on both sides, d c b a | a b c d | d c b a: SciPy's "reflect", which PyTorch lacks; any margin."""
-    for dim in (-2, -1):
-        size = x.shape[dim]
-        index = torch.arange(-margin, size + margin, device=x.device) % (2 * size)
-        x = x.index_select(dim, torch.minimum(index, 2 * size - 1 - index))
-    return x
 
 
 class MADADObjective(TrainingObjective):

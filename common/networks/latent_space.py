@@ -39,3 +39,13 @@ class LatentSpace(nn.Module):
     def fit_scale(self, mean: Tensor) -> None:
         """Set the scale from unscaled posterior means of training images (any shape)."""
         self.scale.copy_(1 / mean.std())
+
+
+def latents(space: LatentSpace, images: Tensor | None, posterior: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The posterior's mean (B, C_z, h, w), without gradient, of images or from the cache of `LatentDataset`."""
+    if posterior is not None:
+        return posterior[0]
+    if images is None:
+        raise ValueError("give images, or a posterior")
+    with torch.no_grad():
+        return space.posterior(images)[0]

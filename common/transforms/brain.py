@@ -13,7 +13,7 @@ from monai.transforms import MapTransform
 from scipy import ndimage
 
 from ..errors import SkullStripError
-from .check import source_name, voxel_volume_ml
+from .check import same_grid, source_name, voxel_volume_ml
 from .strip import atlas_brain_mask, hd_bet_brain_mask, largest_component
 
 # below this share of the 98th percentile a voxel is background: resampling leaves ringing around a stripped brain
@@ -72,7 +72,7 @@ class BrainMaskd(MapTransform):
 
 def given_mask(mask: MetaTensor, image: MetaTensor) -> MetaTensor:
     """A brain mask that came with the image, as bool. Raises SkullStripError where it is empty or on another grid."""
-    if mask.shape[1:] != image.shape[1:] or not np.allclose(mask.affine, image.affine, atol=1e-3):
+    if not same_grid(mask, image):
         raise SkullStripError(source_name(mask), "the brain mask is on another grid", "resample it to the image's grid")
     if not mask.any():
         raise SkullStripError(source_name(mask), "the brain mask is empty", "give a mask of the brain, or none")

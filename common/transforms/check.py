@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,11 @@ def voxel_volume_ml(image: MetaTensor) -> float:
     return float(abs(np.linalg.det(np.asarray(image.affine, dtype=float)[:3, :3]))) / 1000
 
 
+def same_grid(a: MetaTensor, b: MetaTensor) -> bool:
+    """Whether two images (C, H, W, D) have the same voxels, whatever their channels."""
+    return a.shape[1:] == b.shape[1:] and np.allclose(a.affine, b.affine, atol=1e-3)
+
+
 def root_cause(error: BaseException) -> BaseException:
     """The `UADError` inside the RuntimeErrors that MONAI wraps around whatever a transform raises, or the error."""
     cause: BaseException | None = error
@@ -35,6 +41,18 @@ def root_cause(error: BaseException) -> BaseException:
             return cause
         cause = cause.__cause__
     return error
+
+
+@contextmanager
+def typed_errors() -> Iterator[None]:
+    """Raise the UADError inside MONAI's RuntimeErrors, where an input is to blame."""
+    try:
+        yield
+    except Exception as error:
+        cause = root_cause(error)
+        if cause is error:
+            raise
+        raise cause from None
 
 
 class CheckVolumed(MapTransform):

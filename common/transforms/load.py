@@ -22,7 +22,7 @@ from ..data.dicom import choose_series, read_series
 from ..data.itk_image import ITK_SUFFIXES, MAX_VOXELS, read_itk
 from ..errors import CohortError, ImageFileError, ImageGeometryError, ImageIntensityError, ImageShapeError
 from ..weights import digest
-from .check import check_geometry, check_intensity, check_shape
+from .check import check_geometry, check_intensity, check_shape, same_grid
 from .registration import align_to
 
 
@@ -167,8 +167,7 @@ def stack(images: list[MetaTensor]) -> MetaTensor:
     first = images[0]
     aligned = [first.as_tensor()]
     for image in images[1:]:
-        same = image.shape[1:] == first.shape[1:] and np.allclose(image.affine, first.affine, atol=1e-3)
-        if not same:
+        if not same_grid(image, first):
             for one in (first, image):
                 check_shape(one, channels=1)
                 check_geometry(one)
@@ -181,6 +180,6 @@ def stack(images: list[MetaTensor]) -> MetaTensor:
 def load_lesion(path: str, image: MetaTensor) -> MetaTensor:
     """A lesion mask (1, H, W, D) on the grid of an image. Raises CohortError where the grid is another."""
     mask = load_image(path)
-    if mask.shape[1:] != image.shape[1:] or not np.allclose(mask.affine, image.affine, atol=1e-3):
+    if not same_grid(mask, image):
         raise CohortError(path, "the lesion mask is on another grid than the image", "resample it to the image's grid")
     return mask

@@ -21,7 +21,7 @@ from monai.utils import ensure_tuple_rep, optional_import
 from scipy import ndimage
 
 from ..errors import RegistrationError
-from .check import source_name, voxel_volume_ml
+from .check import same_grid, source_name, voxel_volume_ml
 from .resample import resample_foreground, smooth
 
 sitk, _ = optional_import("SimpleITK")
@@ -127,7 +127,7 @@ def align_to(first: MetaTensor, other: MetaTensor) -> MetaTensor:
     if on the same grid. Raises RegistrationError where they do not match, or only by an implausible movement.
     """
     grid = np.asarray(first.affine, dtype=float), tuple(first.shape[1:])
-    if other.shape[1:] == first.shape[1:] and np.allclose(other.affine, grid[0], atol=1e-3):
+    if same_grid(other, first):
         return other
     fixed, moving = (to_itk(upright(image)) for image in (first, other))
     to_other = sitk.Euler3DTransform()  # starts where the headers say: scans of one session nearly agree

@@ -354,7 +354,7 @@ def test_fitted_threshold_masks_at_most_the_share_in_any_batches():
     assert 0.04 < masks.mean() <= 0.05
     other = tiny()
     other.load_state_dict(detector.state_dict())
-    assert other.threshold == fitted > 0
+    assert other.threshold == detector.threshold > 0
 
 
 def test_scores():

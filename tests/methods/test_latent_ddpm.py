@@ -9,12 +9,12 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
 from common.errors import BundleError
+from common.methods.base import smoothed
 from common.methods.latent_ddpm import (
     LatentDDPM,
     LatentDDPMObjective,
     location_percentile,
     masked_residual,
-    smoothed,
 )
 from common.networks.latent_space import LatentSpace
 from common.networks.vq_autoencoder import VQAutoencoder

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.methods.base import noise_like
-from common.methods.mad_ad import MADAD, MADADObjective, image_difference, mirror, random_subset
+from common.methods.base import mirror, noise_like
+from common.methods.mad_ad import MADAD, MADADObjective, image_difference, random_subset
 from common.networks.latent_space import LatentSpace
 from common.networks.masked_unet import MaskedDiffusionUNet
 from common.networks.strided_autoencoder import StridedAutoencoderKL
