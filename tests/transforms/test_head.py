@@ -6,7 +6,7 @@ from monai.data import MetaTensor
 from monai.transforms import Invertd
 
 from common.errors import ImageIntensityError
-from common.transforms.head_ct import HeadCTPreprocessing, head_mask
+from common.transforms.head import HeadCTPreprocessing, head_mask
 
 
 def head(size=64, depth=3, seed=0):
