@@ -32,16 +32,8 @@ def slices(batch=3, channels=1, size=16):
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-def test_detection(channels):
-    image = slices(channels=channels)
-    foreground = (image > 0).any(dim=1, keepdim=True)
-    detection = tiny(channels).detect(image)
-    assert detection.anomaly_map.shape == (3, 1, 16, 16)
-    assert detection.anomaly_map.min() >= 0
-    assert (detection.anomaly_map[~foreground] == 0).all()
-    assert detection.reconstruction.shape == image.shape
-    assert 0 <= detection.reconstruction.min() <= detection.reconstruction.max() <= 1
-    assert (detection.score > 1e-3).all()
+def test_detection(check_detection, channels):
+    check_detection(tiny(channels), slices(channels=channels))
 
 
 def test_map_is_the_residual():
@@ -67,13 +59,8 @@ def test_median_removes_single_pixels_and_keeps_a_lesion():
     assert AE(Shifted(0.0), median_size=1).anomaly_map(image, torch.full_like(image, 0.2))[0, 0, 3, 3] > 0.6
 
 
-def test_slice_gives_the_same_alone_and_in_any_batch():
-    detector, image = tiny(), slices()
-    together = detector.detect(image)
-    for index in range(3):
-        alone = detector.detect(image[index : index + 1], seeds=torch.tensor([index]))
-        torch.testing.assert_close(alone.anomaly_map[0], together.anomaly_map[index], atol=1e-6, rtol=0)
-        torch.testing.assert_close(alone.score[0], together.score[index], atol=1e-6, rtol=0)
+def test_slice_gives_the_same_alone_and_in_any_batch(check_batches):
+    check_batches(tiny(), slices())
 
 
 def test_wrong_size_is_refused():

@@ -111,29 +111,12 @@ def test_identity_finds_nothing():
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-def test_detection(channels):
-    image = slices(channels=channels)
-    detection = tiny(channels).detect(image)
-    foreground = (image > 0).any(dim=1, keepdim=True)
-    assert detection.anomaly_map.shape == (3, 1, 16, 16)
-    assert detection.anomaly_map.min() >= 0
-    assert detection.anomaly_map.max() > 0
-    assert (detection.anomaly_map[~foreground] == 0).all()
-    assert detection.reconstruction.shape == image.shape
-    assert (detection.reconstruction * ~foreground == 0).all()
-    assert detection.reconstruction.min() >= 0
-    assert detection.reconstruction.max() <= 1
+def test_detection(check_detection, channels):
+    check_detection(tiny(channels), slices(channels=channels))
 
 
-def test_slice_gives_the_same_alone_and_in_any_batch():
-    detector, image = tiny(), slices()
-    together, reverse = detector.detect(image), detector.detect(image.flip(0))
-    torch.testing.assert_close(reverse.anomaly_map.flip(0), together.anomaly_map, atol=1e-5, rtol=0)
-    for index in range(len(image)):
-        alone = detector.detect(image[index : index + 1])
-        torch.testing.assert_close(alone.anomaly_map[0], together.anomaly_map[index], atol=1e-5, rtol=0)
-        torch.testing.assert_close(alone.reconstruction[0], together.reconstruction[index], atol=1e-5, rtol=0)
-        torch.testing.assert_close(alone.score[0], together.score[index], atol=1e-5, rtol=0)
+def test_slice_gives_the_same_alone_and_in_any_batch(check_batches):
+    check_batches(tiny(), slices())
 
 
 def test_detection_leaves_the_global_generator_alone():

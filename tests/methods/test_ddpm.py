@@ -222,40 +222,17 @@ def test_median_reflects_at_the_border():
 
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("settings", [{}, {"num_inference_steps": None, "level": 4}, {"median_size": 3}])
-def test_detection(channels, settings):
-    image = slices(channels=channels)
-    foreground = (image > 0).any(dim=1, keepdim=True)
-    detection = tiny(channels, **settings).detect(image, seeds=torch.arange(3))
-    assert detection.anomaly_map.shape == (3, 1, 16, 16)
-    assert detection.anomaly_map.min() >= 0
-    assert (detection.anomaly_map.flatten(1).max(dim=1).values > 1e-3).all()
-    assert (detection.anomaly_map[~foreground] == 0).all()
-    assert detection.reconstruction.shape == image.shape
-    assert (detection.reconstruction * ~foreground == 0).all()
-    assert detection.reconstruction.min() >= 0
-    assert detection.reconstruction.max() <= 1
-    assert (detection.score > 1e-3).all()
+def test_detection(check_detection, channels, settings):
+    check_detection(tiny(channels, **settings), slices(channels=channels))
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_inference_steps": None, "level": 4}])
-def test_slice_gives_the_same_alone_and_in_any_batch(settings):
-    detector, image, seeds = tiny(**settings), slices(), torch.tensor([7, 3, 11])
-    together, reverse = detector.detect(image, seeds=seeds), detector.detect(image.flip(0), seeds=seeds.flip(0))
-    torch.testing.assert_close(reverse.anomaly_map.flip(0), together.anomaly_map, atol=1e-5, rtol=0)
-    for index in range(3):
-        alone = detector.detect(image[index : index + 1], seeds=seeds[index : index + 1])
-        torch.testing.assert_close(alone.anomaly_map[0], together.anomaly_map[index], atol=1e-5, rtol=0)
-        torch.testing.assert_close(alone.reconstruction[0], together.reconstruction[index], atol=1e-5, rtol=0)
-        torch.testing.assert_close(alone.score[0], together.score[index], atol=1e-5, rtol=0)
+def test_slice_gives_the_same_alone_and_in_any_batch(check_batches, settings):
+    check_batches(tiny(**settings), slices())
 
 
-def test_result_depends_on_the_seed_alone():
-    detector, image = tiny(), slices(1)
-    state = torch.get_rng_state()
-    first, again, other = (detector.detect(image, seeds=torch.tensor([s])).anomaly_map for s in (1, 1, 2))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, again)
-    assert (first - other).abs().max() > 1e-3
+def test_result_depends_on_the_seed_alone(check_seeds):
+    check_seeds(tiny(), slices(1))
 
 
 def test_gaussian_noise_is_that_of_the_generators():

@@ -133,47 +133,17 @@ def test_difference_is_that_of_the_worst_channel_clipped():
 
 @pytest.mark.parametrize("map_kind", MAP_KINDS)
 @pytest.mark.parametrize("channels", [1, 2])
-def test_detection(map_kind, channels):
-    image = slices(channels=channels)
-    foreground = (image > 0).any(dim=1, keepdim=True)
-    detection = tiny(map_kind=map_kind, channels=channels).detect(image, seeds=torch.arange(3))
-    assert detection.anomaly_map.shape == (3, 1, 16, 16)
-    assert detection.anomaly_map.min() >= 0
-    assert (detection.anomaly_map.flatten(1).max(dim=1).values > 1e-3).all()
-    assert (detection.anomaly_map[~foreground] == 0).all()
-    assert detection.reconstruction.shape == image.shape
-    assert (detection.reconstruction * ~foreground == 0).all()
-    assert detection.reconstruction.min() >= 0
-    assert detection.reconstruction.max() <= 1
-    assert (detection.score > 1e-3).all()
+def test_detection(check_detection, map_kind, channels):
+    check_detection(tiny(map_kind=map_kind, channels=channels), slices(channels=channels))
 
 
 @pytest.mark.parametrize("map_kind", MAP_KINDS)
-def test_slice_gives_the_same_alone_and_in_any_batch(map_kind):
-    detector, image, seeds = tiny(map_kind=map_kind), slices(), torch.tensor([7, 3, 11])
-    together, reverse = detector.detect(image, seeds=seeds), detector.detect(image.flip(0), seeds=seeds.flip(0))
-    torch.testing.assert_close(reverse.anomaly_map.flip(0), together.anomaly_map, atol=1e-5, rtol=0)
-    for index in range(3):
-        alone = detector.detect(image[index : index + 1], seeds=seeds[index : index + 1])
-        torch.testing.assert_close(alone.anomaly_map[0], together.anomaly_map[index], atol=1e-5, rtol=0)
-        torch.testing.assert_close(alone.reconstruction[0], together.reconstruction[index], atol=1e-5, rtol=0)
-        torch.testing.assert_close(alone.score[0], together.score[index], atol=1e-5, rtol=0)
+def test_slice_gives_the_same_alone_and_in_any_batch(check_batches, map_kind):
+    check_batches(tiny(map_kind=map_kind), slices())
 
 
-def test_result_depends_on_the_seed_alone():
-    detector, image = tiny(), slices(1)
-    first, again, other = (detector.detect(image, seeds=torch.tensor([s])).anomaly_map for s in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert (first - other).abs().max() > 1e-3
-
-
-def test_detection_leaves_the_global_generator_alone():
-    detector, image = tiny(), slices()
-    state = torch.get_rng_state()
-    first = detector.detect(image).anomaly_map
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.rand(1)
-    assert torch.equal(detector.detect(image).anomaly_map, first)
+def test_result_depends_on_the_seed_alone(check_seeds):
+    check_seeds(tiny(), slices(1))
 
 
 @pytest.mark.parametrize(("map_kind", "expected"), [("image", 0.0), ("latent", 0.0), ("mask", 0.5)])
