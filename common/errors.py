@@ -50,5 +50,9 @@ class CohortError(UADError):
     """The cohort CSV does not say what is needed."""
 
 
+class SettingError(UADError, ValueError):
+    """A number or a choice that a method cannot work with, or that does not fit another."""
+
+
 class BundleError(UADError):
     """The bundle, its weights or its calibration cannot be used."""

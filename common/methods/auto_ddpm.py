@@ -21,7 +21,7 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 from torch import Generator, Tensor, nn
 
-from ..errors import BundleError
+from ..errors import BundleError, SettingError
 from ..weights import load_weights
 from .base import seeded_generators
 from .ddpm import DDPM, DDPMObjective, median, walk
@@ -83,7 +83,7 @@ class AutoDDPM(DDPM):
         self.num_stitch_steps = num_stitch_steps
         self.stitch_steps = walk(self.stitch_level, 0, num_stitch_steps)
         if num_stitch_steps is not None and jump == "t-1":
-            raise BundleError("jump", "'t-1' is of steps of one index", "use jump 't' with num_stitch_steps")
+            raise SettingError("jump", "'t-1' is of steps of one index", "use jump 't' with num_stitch_steps")
         self.n_resample = n_resample
         self.dilation = dilation
         self.jump = jump
@@ -206,7 +206,7 @@ class FeatureMap(nn.Module):
     def __init__(self, network: nn.Module, layers: Sequence[str], timestep: int | None = None) -> None:
         super().__init__()
         if unknown := set(layers) - {name for name, _ in network.named_modules()}:
-            raise BundleError("layers", f"the network has no {', '.join(sorted(unknown))}", "name its submodules")
+            raise SettingError("layers", f"the network has no {', '.join(sorted(unknown))}", "name its submodules")
         self.layers = list(layers)
         self.timestep = timestep
         self.used = [network]  # in a list, so that it is not a submodule

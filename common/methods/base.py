@@ -10,6 +10,8 @@ import torch
 from monai.networks.layers import gaussian_1d, separable_filtering
 from torch import Tensor, nn
 
+from ..errors import ImageIntensityError, ImageShapeError
+
 
 @dataclass(frozen=True)
 class Detection:
@@ -40,10 +42,16 @@ class AnomalyDetector(nn.Module):
         image: (B, C, H, W) float, foreground in (0, 1], background exactly 0.
         foreground: (B, 1, H, W) bool, where anomalies are looked for; default: any channel > 0.
         seeds: (B,) int64, one per slice, the only source of randomness; default: all 0.
-        Raises ValueError where the shapes do not fit.
+        Raises ImageShapeError or ImageIntensityError for such an image that is none, ValueError where the others do not
+        fit it.
         """
         if image.ndim != 4 or any(size % self.size_divisor for size in image.shape[2:]):
-            raise ValueError(f"image must be (B, C, H, W) with H and W multiples of {self.size_divisor}: {image.shape}")
+            fact = f"{tuple(image.shape)} is not (B, C, H, W) with H and W multiples of {self.size_divisor}"
+            raise ImageShapeError("image", fact, "pad it with zeros")
+        if not (image.amin() >= 0 and image.amax() <= 1):
+            raise ImageIntensityError(
+                "image", "values outside of [0, 1]", "scale it as the bundle's preprocessing does"
+            )
         if foreground is None:
             foreground = foreground_of(image)
         if foreground.shape != (len(image), 1, *image.shape[2:]):

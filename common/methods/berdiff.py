@@ -19,6 +19,7 @@ from monai.networks.nets.diffusion_model_unet import zero_module
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
+from ..errors import SettingError
 from ..networks.latent_space import LatentSpace, latents
 from ..schedulers.bernoulli import BernoulliScheduler
 from .base import AnomalyDetector, TrainingObjective
@@ -69,7 +70,7 @@ class BerDiff(AnomalyDetector):
         noise_index_offset: 1 noises once more than is walked back, as the published code does.
         batch_size: slices that the encoder and the U-Net take at a time, see `in_equal_batches`.
 
-    Raises ValueError where a number is out of its range.
+    Raises SettingError where a number is out of its range.
     """
 
     def __init__(
@@ -88,10 +89,11 @@ class BerDiff(AnomalyDetector):
     ) -> None:
         super().__init__()
         if not 0 <= P < 1 or min(num_passes, batch_size) < 1:
-            fact = f"{P}, {num_passes}, {batch_size}"
-            raise ValueError(f"P must be in [0, 1), num_passes and batch_size at least 1: {fact}")
+            fact = f"P = {P}, num_passes = {num_passes}, batch_size = {batch_size}"
+            raise SettingError("BerDiff", fact, "choose P in [0, 1) and at least 1 of the others")
         if not 0 <= L - 1 + noise_index_offset < scheduler.num_train_timesteps:
-            raise ValueError(f"L = {L} with offset {noise_index_offset} is not in [1, {scheduler.num_train_timesteps}]")
+            fact = f"L = {L} with offset {noise_index_offset} is outside the schedule"
+            raise SettingError("BerDiff", fact, f"choose 1 to {scheduler.num_train_timesteps}")
         scheduler.set_timesteps(L if num_inference_steps is None else num_inference_steps, L)
         self.latent_space = latent_space
         self.unet = unet
@@ -165,7 +167,7 @@ class BerDiffObjective(TrainingObjective):
         max_t: training draws t from 0 .. max_t - 1; default: from all T steps, as published. Detection never asks for
             more than L of them.
 
-    Raises ValueError where `max_t` is not in [1, T].
+    Raises SettingError where `max_t` is not in [1, T].
     """
 
     def __init__(self, detector: BerDiff, max_t: int | None = None) -> None:
@@ -173,7 +175,7 @@ class BerDiffObjective(TrainingObjective):
         T = detector.scheduler.num_train_timesteps
         self.max_t = T if max_t is None else max_t
         if not 1 <= self.max_t <= T:
-            raise ValueError(f"max_t = {max_t} is not in [1, {T}]")
+            raise SettingError("BerDiffObjective", f"max_t = {max_t} is outside the schedule", f"choose 1 to {T}")
         self.detector = detector
 
     def forward(

@@ -16,7 +16,7 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 from torch import Generator, Tensor
 
-from ..errors import BundleError
+from ..errors import SettingError
 from .base import AnomalyDetector, TrainingObjective, noise_like
 
 
@@ -104,10 +104,10 @@ class DDPM(AnomalyDetector):
         return (x + 1) / 2 if self.symmetric else x
 
     def index(self, t: int) -> int:
-        """t itself, or BundleError where the schedule has no such index."""
+        """t itself, or SettingError where the schedule has no such index."""
         last = self.scheduler.num_train_timesteps - 1
         if not 0 <= t <= last:
-            raise BundleError("level", f"index {t} is outside the schedule, 0 ... {last}", "choose a level within")
+            raise SettingError("level", f"index {t} is outside the schedule, 0 ... {last}", "choose a level within")
         return t
 
     # --- the diffusion process ---
@@ -193,12 +193,12 @@ class DDPMObjective(TrainingObjective):
 def walk(start: int, end: int, num_steps: int | None) -> list[tuple[int, int]]:
     """Pairs (t, t_prev) from `start` down to `end`: every index, or `num_steps` of even stride that end at end + 1.
 
-    For example 200 to -1 in 5: (200, 150), (150, 100), (100, 50), (50, 0), (0, -1). Raises BundleError.
+    For example 200 to -1 in 5: (200, 150), (150, 100), (100, 50), (50, 0), (0, -1). Raises SettingError.
     """
     count = start - end if num_steps is None else num_steps
     if not 1 <= count <= start - end:
         fact = f"{num_steps} steps do not fit the indices {start} to {end + 1}"
-        raise BundleError("num_inference_steps", fact, f"choose 1 to {start - end}")
+        raise SettingError("num_inference_steps", fact, f"choose 1 to {start - end}")
     indices = [round(start - i * (start - end - 1) / max(count - 1, 1)) for i in range(count)]
     return list(zip(indices, [*indices[1:], end], strict=True))
 

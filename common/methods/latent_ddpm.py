@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor
 
-from ..errors import BundleError
+from ..errors import BundleError, SettingError
 from ..networks.latent_space import LatentSpace, latents
 from ..networks.vq_autoencoder import codebook_use
 from ..schedulers.gaussian import GaussianScheduler, evenly_spaced
@@ -74,7 +74,8 @@ class LatentDDPM(AnomalyDetector):
         first, last = kl_range
         steps = scheduler.num_train_timesteps
         if not (1 <= first < last <= steps and 1 <= healing_start <= steps):
-            raise ValueError(f"kl_range {kl_range} or healing_start {healing_start} is outside of [1, {steps}]")
+            fact = f"kl_range {kl_range} or healing_start {healing_start} is outside of the schedule, [1, {steps}]"
+            raise SettingError("LatentDDPM", fact, "choose steps within")
         self.latent_space = latent_space
         self.unet = unet
         self.scheduler = scheduler

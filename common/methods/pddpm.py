@@ -14,7 +14,7 @@ from monai.networks.layers import MedianFilter
 from monai.networks.nets import DiffusionModelUNet
 from torch import Generator, Tensor
 
-from ..errors import BundleError
+from ..errors import SettingError
 from ..schedulers.masked_ddim import cosine_alpha_bar
 from ..schedulers.simplex import SimplexNoise
 from .base import AnomalyDetector, TrainingObjective
@@ -55,9 +55,9 @@ class PDDPM(AnomalyDetector):
         super().__init__()
         if not 0 <= t < num_train_timesteps:
             fact = f"index {t} is outside the schedule, 0 ... {num_train_timesteps - 1}"
-            raise BundleError("t", fact, "choose an index within")
+            raise SettingError("t", fact, "choose an index within")
         if patch_size < 1:
-            raise BundleError("patch_size", f"{patch_size} pixels are no patch", "choose a positive size")
+            raise SettingError("patch_size", f"{patch_size} pixels are no patch", "choose a positive size")
         self.unet = unet
         self.patch_size = patch_size
         self.overlap = overlap

@@ -10,6 +10,8 @@ from monai.networks.layers.vector_quantizer import EMAQuantizer
 from monai.networks.nets import VQVAE
 from torch import Tensor, nn
 
+from ..errors import SettingError
+
 
 class VQAutoencoder(nn.Module):
     """VQ-VAE (van den Oord et al., NeurIPS 2017); each entry of `channels` halves the resolution, first of all.
@@ -79,9 +81,10 @@ class VQAutoencoder(nn.Module):
             return self.quantizer.quantize(z.float())[2]
 
     def embed(self, codes: Tensor) -> Tensor:
-        """(B, h, w) int64 -> (B, C_z, h, w). Raises ValueError where an index is outside the codebook."""
+        """(B, h, w) int64 -> (B, C_z, h, w). Raises SettingError where an index is outside the codebook."""
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.num_embeddings:
-            raise ValueError(f"code indices must be in [0, {self.num_embeddings}): {codes.min()} to {codes.max()}")
+            fact = f"indices from {codes.min()} to {codes.max()} are not in [0, {self.num_embeddings})"
+            raise SettingError("codes", fact, "use codes of this codebook")
         return self.quantizer.embed(codes)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingError
+
 
 class BernoulliScheduler(nn.Module):
     """Forward process (eq. 1, 2) and posterior of masked Bernoulli diffusion (arXiv 2403.11667).
@@ -49,12 +51,12 @@ class BernoulliScheduler(nn.Module):
         """Set `timesteps`: from index L - 1 (default: T - 1) down, in jumps as even as integers allow.
 
         The jump after the last one leads to -1: 4 steps of L = 200 are [199, 149, 99, 49].
-        Raises ValueError unless 1 <= num_inference_steps <= L <= T.
+        Raises SettingError unless 1 <= num_inference_steps <= L <= T.
         """
         L = self.num_train_timesteps if L is None else L
         if not 1 <= num_inference_steps <= L <= self.num_train_timesteps:
             fact = f"{num_inference_steps} steps, L = {L}, T = {self.num_train_timesteps}"
-            raise ValueError(f"1 <= num_inference_steps <= L <= T does not hold: {fact}")
+            raise SettingError("num_inference_steps", fact, "choose 1 <= num_inference_steps <= L <= T")
         self.timesteps = [L * k // num_inference_steps - 1 for k in range(num_inference_steps, 0, -1)]
 
     def probability(self, z0: Tensor, t: Tensor) -> Tensor:

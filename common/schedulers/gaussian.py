@@ -8,14 +8,17 @@ import torch
 from monai.networks.schedulers.scheduler import NoiseSchedules
 from torch import Tensor, nn
 
+from ..errors import SettingError
+
 
 def evenly_spaced(start: int, stop: int, count: int) -> list[int]:
     """`count` ascending integers in [start, stop), the first is `start`: 50 of 400 ... 600 are 400, 404, ..., 596.
 
-    Raises ValueError where there are not that many.
+    Raises SettingError where there are not that many.
     """
     if not 1 <= count <= stop - start:
-        raise ValueError(f"there are not {count} different timesteps in [{start}, {stop})")
+        fact = f"there are not {count} different ones in [{start}, {stop})"
+        raise SettingError("timesteps", fact, f"choose 1 to {stop - start}")
     return [start + i * (stop - start) // count for i in range(count)]
 
 

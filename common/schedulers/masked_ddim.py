@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingError
+
 
 def cosine_alpha_bar(num_train_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> Tensor:
     """Cumulative products of 1 - beta for the cosine schedule (Nichol & Dhariwal 2021, eq. 17), (T,) float64.
@@ -41,13 +43,14 @@ class MaskedDDIMScheduler(nn.Module):
     def timesteps(self, num_inference_steps: int) -> list[int]:
         """Descending indices 0, k, 2k, ... of an integer stride k, for example 5 steps of 10: [8, 6, 4, 2, 0].
 
-        Raises ValueError where no stride gives exactly that many steps (of 10: 1, 2, 3, 4, 5 and 10 exist).
+        Raises SettingError where no stride gives exactly that many steps (of 10: 1, 2, 3, 4, 5 and 10 exist).
         """
         for stride in range(1, self.num_train_timesteps + 1):
             steps = range(0, self.num_train_timesteps, stride)
             if len(steps) == num_inference_steps:
                 return list(reversed(steps))
-        raise ValueError(f"no integer stride over {self.num_train_timesteps} steps gives {num_inference_steps} of them")
+        fact = f"no integer stride over {self.num_train_timesteps} steps gives {num_inference_steps} of them"
+        raise SettingError("num_inference_steps", fact, "choose a divisor")
 
     def add_noise(self, z0: Tensor, noise: Tensor, mask: Tensor, t: Tensor) -> Tensor:
         """z_t = mask * (sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) noise) + (1 - mask) * z0, eq. 4.

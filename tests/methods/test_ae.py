@@ -3,6 +3,7 @@ import torch
 from monai.networks.nets import AutoEncoder
 from torch import nn
 
+from common.errors import ImageShapeError
 from common.methods.ae import AE, AEObjective
 
 
@@ -64,7 +65,7 @@ def test_slice_gives_the_same_alone_and_in_any_batch(check_batches):
 
 
 def test_wrong_size_is_refused():
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(ImageShapeError, match="multiples of 4"):
         tiny().detect(torch.rand(1, 1, 16, 18))
 
 

@@ -215,7 +215,7 @@ def test_smaller_slices_are_fine_and_larger_ones_refused():
     assert detector.detect(torch.rand(1, 1, 8, 12)).anomaly_map.shape == (1, 1, 8, 12)
     with pytest.raises(ImageShapeError, match="16 x 20 pixels have more than 16 codes"):
         detector.detect(torch.rand(1, 1, 16, 20))
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(ImageShapeError, match="multiples of 4"):
         detector.detect(torch.rand(1, 1, 15, 16))
 
 

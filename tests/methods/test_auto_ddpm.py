@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
-from common.errors import BundleError
+from common.errors import BundleError, SettingError
 from common.methods.auto_ddpm import (
     AutoDDPM,
     AutoDDPMObjective,
@@ -351,7 +351,7 @@ def test_scores():
     ],
 )
 def test_bad_settings_are_refused(settings, message):
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(SettingError, match=message):
         AutoDDPM(Stub(), **settings)
 
 
@@ -417,7 +417,7 @@ def test_features_of_the_unet_are_stored_once():
 
 
 def test_layer_that_is_not_there_is_refused():
-    with pytest.raises(BundleError, match="the network has no down"):
+    with pytest.raises(SettingError, match="the network has no down"):
         FeatureMap(unet(), ["down"], timestep=0)
 
 

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from common.errors import ImageIntensityError, ImageShapeError
 from common.methods.base import AnomalyDetector, Detection, foreground_of, noise_like, top_mean
 
 
@@ -96,13 +97,13 @@ def test_no_gradients_are_recorded():
 
 @pytest.mark.parametrize("size", [(6, 4), (4, 6), (1, 1)])
 def test_size_that_is_no_multiple_is_refused(size):
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(ImageShapeError, match="multiples of 4"):
         Toy().detect(torch.rand(1, 1, *size))
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (1, 4, 4), (1, 1, 4, 4, 4)])
 def test_other_numbers_of_dimensions_are_refused(shape):
-    with pytest.raises(ValueError, match="image must be"):
+    with pytest.raises(ImageShapeError, match=r"is not \(B, C, H, W\)"):
         Toy().detect(torch.rand(shape))
 
 
@@ -148,3 +149,11 @@ def test_noise_is_normal_and_of_the_dtype_of_the_reference():
     assert noise.std().item() == pytest.approx(1, abs=0.02)
     assert abs((noise[0] * noise[1]).mean()) < 0.05
     assert not torch.equal(noise, noise_like(noise, generators))  # the generators have moved on
+
+
+@pytest.mark.parametrize("value", [1.01, -0.01, float("nan")])
+def test_values_outside_of_the_range_are_refused(value):
+    image = torch.full((1, 1, 8, 8), 0.5)
+    image[0, 0, 3, 3] = value
+    with pytest.raises(ImageIntensityError, match=r"values outside of \[0, 1\]"):
+        Toy().detect(image)

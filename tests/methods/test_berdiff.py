@@ -11,6 +11,7 @@ from monai.networks.nets import PatchDiscriminator
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import nn
 
+from common.errors import ImageShapeError, SettingError
 from common.methods.berdiff import (
     BerDiff,
     BerDiffObjective,
@@ -320,8 +321,8 @@ def test_passes_are_averaged():
 @pytest.mark.parametrize(
     ("settings", "fact"),
     [
-        ({"P": -0.1}, "P must"),
-        ({"P": 1.0}, "P must"),
+        ({"P": -0.1}, "P = "),
+        ({"P": 1.0}, "P = "),
         ({"num_passes": 0}, "num_passes"),
         ({"batch_size": 0}, "batch_size"),
         ({"L": 0, "num_inference_steps": None}, "L = 0"),
@@ -332,13 +333,13 @@ def test_passes_are_averaged():
     ],
 )
 def test_impossible_settings_are_refused(settings, fact):
-    with pytest.raises(ValueError, match=fact):
+    with pytest.raises(SettingError, match=fact):
         tiny(**settings)
 
 
 @pytest.mark.parametrize("size", [(12, 16), (16, 20)])
 def test_wrong_size_is_refused(size):
-    with pytest.raises(ValueError, match="multiples of 8"):
+    with pytest.raises(ImageShapeError, match="multiples of 8"):
         tiny().detect(torch.rand(1, 1, *size))
 
 
@@ -407,7 +408,7 @@ def test_training_may_leave_out_the_noise_that_detection_never_sees(max_t):
 
 @pytest.mark.parametrize("max_t", [0, 1001])
 def test_impossible_times_are_refused(max_t):
-    with pytest.raises(ValueError, match=f"max_t = {max_t}"):
+    with pytest.raises(SettingError, match=f"max_t = {max_t}"):
         BerDiffObjective(tiny(), max_t=max_t)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import ImageShapeError
 from common.methods.dae import DAE, DAEObjective, coarse_noise
 from common.networks.weight_standardised_unet import WeightStandardisedUNet
 
@@ -130,7 +131,7 @@ def test_detection_leaves_the_global_generator_alone():
 
 @pytest.mark.parametrize("size", [15, 18])
 def test_wrong_size_is_refused(size):
-    with pytest.raises(ValueError, match="multiples of 4"):
+    with pytest.raises(ImageShapeError, match="multiples of 4"):
         tiny().detect(torch.rand(1, 1, size, 16))
 
 

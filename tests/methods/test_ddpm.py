@@ -10,7 +10,7 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 
-from common.errors import BundleError
+from common.errors import ImageShapeError, SettingError
 from common.methods.base import noise_like
 from common.methods.ddpm import DDPM, DDPMObjective, gaussian_noise, median, walk
 
@@ -249,18 +249,18 @@ def test_state_holds_the_network_alone():
 
 @pytest.mark.parametrize("settings", [{"level": 1000}, {"level": -1}, {"level": 0, "first_index": "L-1"}])
 def test_level_outside_the_schedule_is_refused(settings):
-    with pytest.raises(BundleError, match=r"level: index -?\d+ is outside the schedule, 0 ... 999"):
+    with pytest.raises(SettingError, match=r"level: index -?\d+ is outside the schedule, 0 ... 999"):
         DDPM(Stub(), **settings)
 
 
 @pytest.mark.parametrize("count", [0, -1, 42])
 def test_impossible_number_of_steps_is_refused(count):
-    with pytest.raises(BundleError, match=f"{count} steps do not fit the indices 40 to 0"):
+    with pytest.raises(SettingError, match=f"{count} steps do not fit the indices 40 to 0"):
         tiny(num_inference_steps=count)
 
 
 def test_wrong_size_is_refused():
-    with pytest.raises(ValueError, match="multiples of 2"):
+    with pytest.raises(ImageShapeError, match="multiples of 2"):
         tiny().detect(torch.rand(1, 1, 15, 16))
 
 

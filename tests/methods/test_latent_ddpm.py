@@ -8,7 +8,7 @@ import torch
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
-from common.errors import BundleError
+from common.errors import BundleError, ImageShapeError, SettingError
 from common.methods.base import smoothed
 from common.methods.latent_ddpm import (
     LatentDDPM,
@@ -308,7 +308,7 @@ def test_result_depends_on_the_seed_alone(check_seeds):
 
 @pytest.mark.parametrize("size", [(12, 16), (16, 20), (15, 16)])
 def test_wrong_size_is_refused(size):
-    with pytest.raises(ValueError, match="multiples of 8"):
+    with pytest.raises(ImageShapeError, match="multiples of 8"):
         tiny().detect(torch.rand(1, 1, *size))
 
 
@@ -316,7 +316,7 @@ def test_wrong_size_is_refused(size):
     "settings", [{"kl_range": (0, 5)}, {"kl_range": (10, 21)}, {"kl_range": (9, 9)}, {"healing_start": 21}]
 )
 def test_timesteps_outside_of_the_schedule_are_refused(settings):
-    with pytest.raises(ValueError, match=r"outside of \[1, 20\]"):
+    with pytest.raises(SettingError, match=r"outside of the schedule, \[1, 20\]"):
         tiny(fitted=False, **settings)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import ImageShapeError, SettingError
 from common.methods.base import mirror, noise_like
 from common.methods.mad_ad import MADAD, MADADObjective, image_difference, random_subset
 from common.networks.latent_space import LatentSpace
@@ -187,12 +188,12 @@ def test_map_against_the_input_shows_the_error_of_the_autoencoder():
 
 @pytest.mark.parametrize("size", [(12, 16), (16, 20), (15, 16)])
 def test_wrong_size_is_refused(size):
-    with pytest.raises(ValueError, match="multiples of 8"):
+    with pytest.raises(ImageShapeError, match="multiples of 8"):
         tiny().detect(torch.rand(1, 1, *size))
 
 
 def test_impossible_number_of_steps_is_refused():
-    with pytest.raises(ValueError, match="7 of them"):
+    with pytest.raises(SettingError, match="7 of them"):
         tiny(num_inference_steps=7).detect(slices(1))
 
 

@@ -11,7 +11,7 @@ from monai.networks.nets import DiffusionModelUNet
 from scipy import ndimage
 from torch import nn
 
-from common.errors import BundleError
+from common.errors import ImageShapeError, SettingError
 from common.methods.pddpm import PDDPM, PDDPMObjective, eroded, inside_box, patch_grid
 
 GOLDEN = Path(__file__).parents[1] / "golden/pddpm"
@@ -175,7 +175,7 @@ def test_patch_that_does_not_tile_is_refused_without_overlap(overlap, divisor):
     if overlap:
         assert detector.detect(torch.rand(1, 1, 64, 40)).anomaly_map.shape == (1, 1, 64, 40)
     else:
-        with pytest.raises(ValueError, match="multiples of 48"):
+        with pytest.raises(ImageShapeError, match="multiples of 48"):
             detector.detect(torch.rand(1, 1, 64, 48))
 
 
@@ -185,7 +185,7 @@ def test_divisor_is_a_multiple_of_patch_and_network():
 
 @pytest.mark.parametrize("settings", [{"t": 1000}, {"t": -1}, {"patch_size": 0}])
 def test_bad_settings_are_refused(settings):
-    with pytest.raises(BundleError, match="choose"):
+    with pytest.raises(SettingError, match="choose"):
         PDDPM(Stub(), **settings)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import SettingError
 from common.networks.latent_space import LatentSpace
 from common.networks.vq_autoencoder import VQAutoencoder, codebook_use, far_apart
 
@@ -168,7 +169,7 @@ def test_is_the_autoencoder_of_a_latent_space():
 
 @pytest.mark.parametrize("codes", [[[[0, 8]]], [[[-1, 0]]]])
 def test_codes_outside_of_the_codebook_are_refused(codes):
-    with pytest.raises(ValueError, match=r"in \[0, 8\)"):
+    with pytest.raises(SettingError, match=r"in \[0, 8\)"):
         tiny().embed(torch.tensor(codes))
 
 

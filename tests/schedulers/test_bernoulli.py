@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import SettingError
 from common.schedulers.bernoulli import BernoulliScheduler
 
 GOLDEN = Path(__file__).parents[1] / "golden/berdiff"
@@ -135,7 +136,7 @@ def test_any_number_of_steps_walks_the_whole_way(steps):
 
 @pytest.mark.parametrize(("steps", "L"), [(0, 10), (-1, 10), (11, 10), (1, 0), (5, 1001), (1001, None)])
 def test_impossible_number_of_steps_is_refused(steps, L):
-    with pytest.raises(ValueError, match=f"{steps} steps"):
+    with pytest.raises(SettingError, match=f"{steps} steps"):
         BernoulliScheduler().set_timesteps(steps, L)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 
+from common.errors import SettingError
 from common.schedulers.gaussian import GaussianScheduler, evenly_spaced
 
 GOLDEN = Path(__file__).parents[1] / "golden/latent_ddpm"
@@ -121,5 +122,5 @@ def test_grids():
 
 @pytest.mark.parametrize("count", [0, 201])
 def test_impossible_grid_is_refused(count):
-    with pytest.raises(ValueError, match=f"not {count} different"):
+    with pytest.raises(SettingError, match=f"not {count} different"):
         evenly_spaced(400, 600, count)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import SettingError
 from common.schedulers.masked_ddim import MaskedDDIMScheduler
 
 GOLDEN = Path(__file__).parents[1] / "golden/mad_ad"
@@ -38,7 +39,7 @@ def test_timesteps_have_one_stride(count, expected):
 
 @pytest.mark.parametrize("count", [-1, 0, 6, 7, 8, 9, 11])
 def test_impossible_number_of_steps_is_refused(count):
-    with pytest.raises(ValueError, match=f"gives {count} of them"):
+    with pytest.raises(SettingError, match=f"gives {count} of them"):
         MaskedDDIMScheduler().timesteps(count)
 
 
