@@ -58,7 +58,7 @@ def main(
             tumour = load(patient, "seg")[..., kind.slices] > 0
             affine = nib.load(f"{patient}_seg.nii.gz").affine
             healthy = ~ndimage.binary_dilation(tumour.any(axis=(0, 1)), np.ones(1 + 2 * kind.margin))
-            if split != "test" and healthy.any():
+            if split != "test" and healthy.sum() > 1:  # one slice is no volume
                 subject = patient.name + ("_healthy" if split == "val" else "")
                 stacks = {name: image[..., healthy] for name, image in images.items()}
                 rows.append([subject, split, *write(output, subject, stacks, affine), "", ""])

@@ -6,7 +6,8 @@ from monai.data import MetaTensor
 from monai.transforms import Invertd
 
 from common.errors import ImageIntensityError
-from common.transforms.head import HeadCTPreprocessing, head_mask
+from common.transforms.check import typed_errors
+from common.transforms.head import HeadCTPreprocessing, HeadMRPreprocessing, head_mask
 
 
 def head(size=64, depth=3, seed=0):
@@ -113,3 +114,87 @@ def test_what_is_not_windowed_is_refused(change, message):
     while not isinstance(cause, ImageIntensityError):
         cause = cause.__cause__
     assert message in str(cause)
+
+
+def mr_head(size=64, depth=3, seed=0):
+    """Head of `head` as two MR modalities of other scales: tissue, brighter fat below the skin, noise in the air."""
+    rng = np.random.default_rng(seed)
+    _, mask = head(size, depth)
+    rows, columns = np.indices((size, size)) - size / 2 + 0.5
+    fat = mask & (np.hypot(rows, columns) / size > 0.3)[..., None]
+    first = np.where(mask, 300.0, 0) + np.where(fat, 300, 0) + rng.rayleigh(8, mask.shape)
+    second = np.where(mask, 5.0, 0) + np.where(fat, 3, 0) + rng.rayleigh(0.1, mask.shape)
+    return np.stack([first, second]).astype(np.float32), mask, fat
+
+
+def prepared_mr(volume, affine=None, **settings):
+    image = MetaTensor(torch.from_numpy(volume), affine=np.diag([2.0, 2.0, 5.0, 1.0]) if affine is None else affine)
+    settings = {"size": 64, "percentile": 98.0, "upper": 0.8, "channels": len(volume)} | settings
+    with typed_errors():
+        return HeadMRPreprocessing(**settings)({"image": image})
+
+
+def test_mr_head_is_found_in_all_modalities_and_air_is_0():
+    volume, expected, fat = mr_head()
+    data = prepared_mr(volume)
+    mask = data["brain"].as_tensor()[0].numpy()
+    assert (mask != expected).mean() < 0.01
+    assert data["brain_source"] == "head"
+    image = data["image"].as_tensor().numpy()
+    assert image.shape == (2, 64, 64, 3)
+    assert np.array_equal(image > 0, np.broadcast_to(mask, image.shape))
+    assert image.max() <= 1
+    inner = expected & ~fat
+    levels = [np.percentile(channel[mask], 98) for channel in volume]
+    for channel, level, before in zip(image, levels, volume, strict=True):
+        np.testing.assert_allclose(channel[inner], 0.8 * before[inner] / level, rtol=1e-4)
+    np.testing.assert_allclose(data["image"].meta["intensity_unit"], np.array(levels) / 0.8, rtol=1e-4)
+
+
+def test_mr_head_does_not_depend_on_the_scale_of_a_modality():
+    """One in other units weighs the same in where the head is; no negative value counts."""
+    volume, _, _ = mr_head()
+    scaled = volume * np.array([1, 1000], dtype=np.float32).reshape(2, 1, 1, 1)
+    scaled[1, :4, :4] = -1e5
+    whole, again = prepared_mr(volume), prepared_mr(scaled)
+    assert np.array_equal(whole["brain"], again["brain"])
+    np.testing.assert_allclose(again["image"].as_tensor(), whole["image"].as_tensor(), rtol=1e-5)
+
+
+def test_mr_modalities_of_one_grid_are_the_channels_in_their_order(tmp_path, save_nifti):
+    volume, _, _ = mr_head()
+    files = [save_nifti(tmp_path / f"{i}.nii.gz", channel) for i, channel in enumerate(volume)]
+    preprocessing = HeadMRPreprocessing(64, 98.0, 0.8, channels=2)
+    data = preprocessing({"image": [str(file) for file in files]})
+    np.testing.assert_allclose(data["image"].as_tensor(), prepared_mr(volume)["image"].as_tensor(), rtol=1e-5)
+    swapped = preprocessing({"image": [str(file) for file in files[::-1]]})["image"].as_tensor()
+    np.testing.assert_allclose(swapped, data["image"].as_tensor().flip(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("channel", [0, 1])
+def test_mr_empty_modality_is_refused(channel):
+    volume, _, _ = mr_head()
+    volume[channel] = 0
+    with pytest.raises(ImageIntensityError, match="hardly a voxel is above 0; give a scan of a head"):
+        prepared_mr(volume)
+
+
+def test_mr_map_returns_to_the_grid_of_the_input():
+    volume, expected, fat = mr_head(96)
+    affine = nib.affines.from_matvec(np.array([[0, 0, -2.0], [2.0, 0, 0], [0, -5.0, 0]]), [10, 20, 30])
+    stored = np.moveaxis(volume, 3, 2).copy()
+    image = MetaTensor(torch.from_numpy(stored), affine=affine)
+    preprocessing = HeadMRPreprocessing(64, 98.0, 0.8, channels=2)
+    data = preprocessing({"image": image})
+    assert data["image"].shape == (2, 64, 64, 3)
+    data["pred"] = MetaTensor(data["image"].as_tensor())
+    back = Invertd("pred", preprocessing, orig_keys="image", nearest_interp=False)(data)["pred"]
+    assert back.shape == stored.shape
+    np.testing.assert_allclose(np.asarray(back.affine), affine, atol=1e-4)
+    unit = np.array(data["image"].meta["intensity_unit"]).reshape(2, 1, 1, 1)
+    restored = np.moveaxis(back.as_tensor().numpy() * unit, 2, 3)
+    centre = slice(40, 56)
+    np.testing.assert_allclose(
+        restored[:, centre, centre].mean((1, 2, 3)), volume[:, centre, centre].mean((1, 2, 3)), rtol=0.01
+    )
+    assert (restored[0][fat].mean() > 1.3 * restored[0][expected & ~fat].mean()).all()

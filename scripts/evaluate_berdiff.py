@@ -1,0 +1,312 @@
+"""Evaluate masked Bernoulli diffusion slice by slice, as the paper does, over a grid of its settings.
+
+    python scripts/evaluate_berdiff.py berdiff_glioma cohort.csv -o result.json [--split test] [--max-slices 200]
+
+For each noise level L, probability threshold P and number of network calls: Dice, AUPRC and PSNR under the protocol of
+`common.metrics.masked_bernoulli`, AUPRC of the pooled foreground, AUROC of the share of masked entries (slices with
+lesion against slices without), time and memory; beside them an intensity threshold, and 32 slices detected at once
+against one at a time. All is on the network's grid. Written: the JSON, and box plots of the share of masked entries as
+a PNG of the same name; the table is printed. L and P belong to the split "val": the paper chose them on its test set.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cbook import boxplot_stats
+from matplotlib.figure import Figure
+from monai.bundle import ConfigParser
+from monai.transforms import SpatialResample
+from torch import Tensor
+from tqdm import tqdm
+
+from common.bundle import BUNDLES_DIR, metadata
+from common.data.cohort import read_cohort
+from common.errors import CohortError, UADError
+from common.files import replacing
+from common.methods.base import Detection, foreground_of
+from common.methods.berdiff import BerDiff
+from common.metrics import DetectionMetrics, intensity_threshold
+from common.metrics.masked_bernoulli import map_metrics, masked_bernoulli_metrics
+from common.report.case import versions
+from common.transforms.check import typed_errors
+from common.transforms.load import load_lesion
+from common.weights import load_into, sha256
+
+BATCH = 32  # slices at once
+POOLED = ("auprc", "auroc", "max_dice_pooled")
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Prepared slices with foreground: image (N, C, H, W), lesion (N, H, W) bool, subject and seed of each."""
+
+    image: Tensor
+    lesion: Tensor
+    subject: list[str]
+    seed: Tensor
+
+    @property
+    def diseased(self) -> Tensor:
+        """(N,) bool."""
+        return self.lesion.flatten(1).any(1)
+
+    def take(self, indices: Tensor) -> Slices:
+        """Some of the slices."""
+        return Slices(self.image[indices], self.lesion[indices], [self.subject[i] for i in indices], self.seed[indices])
+
+
+def main(
+    bundle: Annotated[str, typer.Argument(help="Key of the bundle.")],
+    cohort: Annotated[Path, typer.Argument(help="Cohort CSV.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The JSON.")],
+    split: Annotated[str, typer.Option(help="val or test.")] = "val",
+    config: Annotated[list[Path], typer.Option(help="Instead of the bundle's inference.json.")] = [],  # noqa: B006
+    weights: Annotated[Path | None, typer.Option(help="Instead of the bundle's model.pt.")] = None,
+    noise_levels: Annotated[list[int], typer.Option("-L", help="Noise steps.")] = [100, 200, 300],  # noqa: B006
+    thresholds: Annotated[list[float], typer.Option("-P", help="0 masks all.")] = [0.0, 0.5],  # noqa: B006
+    steps: Annotated[list[int], typer.Option(help="Network calls; 0: as many as L.")] = [20],  # noqa: B006
+    baseline: Annotated[str | None, typer.Option(help="Of the intensity threshold: FLAIR, or the first.")] = None,
+    direction: Annotated[str, typer.Option(help="What is abnormal in it: bright or dark.")] = "bright",
+    max_slices: Annotated[int | None, typer.Option(help="Only so many, drawn with the seed.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the detection and of the slices drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+) -> None:
+    """Write the JSON and the PNG, and print the table."""
+    if not config:
+        metadata(bundle)  # names the bundles that there are
+        config = [BUNDLES_DIR / bundle / "configs" / "inference.json"]
+    weights = weights or BUNDLES_DIR / bundle / "models" / "model.pt"
+    parser = ConfigParser()
+    parser.read_config([str(path) for path in config])
+    parser.update({"bundle_root": str(BUNDLES_DIR / bundle)})
+    modalities = parser.get_parsed_content("modalities")
+    baseline = baseline or ("FLAIR" if "FLAIR" in modalities else modalities[0])
+    if baseline not in modalities:
+        raise CohortError(baseline, "not a modality of the bundle", f"choose --baseline of {', '.join(modalities)}")
+    detector = load_detector(parser, weights, device)
+    slices = load_slices(cohort, modalities, split, parser.get_parsed_content("preprocessing"), seed)
+    if max_slices is not None:
+        drawn = np.random.default_rng(seed).permutation(len(slices.image))[:max_slices]
+        slices = slices.take(torch.from_numpy(np.sort(drawn)))
+    if not slices.diseased.any() or slices.diseased.all():
+        raise CohortError(
+            cohort, f"no slices with and without lesion in split {split!r}", "take more, or another split"
+        )
+    settings = [(L, P, n or L) for L, P, n in product(noise_levels, thresholds, steps)]
+    grid = [measure(detector, slices, L, P, n, seed) for L, P, n in tqdm(settings)]
+    result = {
+        "bundle": bundle,
+        "split": split,
+        "n_slices": len(slices.image),
+        "n_lesion_slices": int(slices.diseased.sum()),
+        "n_subjects": len(set(slices.subject)),
+        "grid": [{name: value for name, value in entry.items() if name != "shares"} for entry in grid],
+        "baseline": measure_baseline(slices, modalities, baseline, direction, seed),
+        "batched": measure_batching(detector, slices, settings[-1]),
+        "weights_sha256": sha256(weights),
+        "seed": seed,
+        "device": torch.cuda.get_device_name() if device != "cpu" else f"{torch.get_num_threads()} CPU threads",
+        "versions": versions(),
+    }
+    with replacing(output) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save_box_plots(grid, slices.diseased.numpy(), output.with_suffix(".png"))
+    print(table(result))
+
+
+def load_detector(parser: ConfigParser, weights: Path, device: str) -> BerDiff:
+    """The method of a bundle's `network_def` with its weights."""
+    network = parser.get_parsed_content("network_def")
+    load_into(network, weights)
+    return network.detector.eval().to(device)
+
+
+def load_slices(cohort: Path, modalities: list[str], split: Any, preprocessing: Any, seed: int) -> Slices:
+    """All slices with foreground of a split, their lesions brought to the network's grid (nearest).
+
+    `<subject>_healthy`, the tumour-free slices of a subject that is there too, is left out.
+    """
+    items = read_cohort(cohort, modalities, split)
+    names = {str(item["subject"]) for item in items}
+    parts = []
+    for item in tqdm(items, desc="prepare"):
+        subject = str(item["subject"])
+        if subject.endswith("_healthy") and subject.removesuffix("_healthy") in names:
+            continue
+        with typed_errors():
+            data = preprocessing(item)
+        image = data["image"]
+        lesion = torch.zeros(image.shape[1:], dtype=torch.bool)
+        if "lesion" in item:
+            to_grid = SpatialResample(mode="nearest", padding_mode="zeros")
+            mask = load_lesion(str(item["lesion"]), data["brain"])
+            lesion = to_grid(mask, dst_affine=image.affine, spatial_size=image.shape[1:]).as_tensor()[0] > 0
+        values = image.as_tensor().movedim(-1, 0)
+        used = (values > 0).flatten(1).any(1).nonzero().flatten()
+        seeds = seed * 1_000_003 + used  # as `VolumeDetector` has them
+        parts.append(Slices(values[used], lesion.movedim(-1, 0)[used], [subject] * len(used), seeds))
+    return Slices(
+        torch.cat([part.image for part in parts]),
+        torch.cat([part.lesion for part in parts]),
+        [subject for part in parts for subject in part.subject],
+        torch.cat([part.seed for part in parts]),
+    )
+
+
+def detect(detector: BerDiff, slices: Slices, batch: int = BATCH) -> tuple[Detection, float]:
+    """The detections of all slices, on the CPU, and the seconds that a slice took."""
+    device = next(detector.parameters()).device
+    parts, start = [], time.perf_counter()
+    for image, seeds in zip(slices.image.split(batch), slices.seed.split(batch), strict=True):
+        found = detector.detect(image.to(device), seeds=seeds)
+        parts.append((found.anomaly_map.cpu(), found.reconstruction.cpu(), found.score.cpu()))
+    seconds = (time.perf_counter() - start) / len(slices.image)
+    return Detection(*(torch.cat(part) for part in zip(*parts, strict=True))), seconds
+
+
+def configure(detector: BerDiff, L: int, P: float, num_inference_steps: int) -> None:
+    """Other settings of the same networks."""
+    detector.scheduler.set_timesteps(num_inference_steps, L)
+    detector.P = P
+
+
+def measure(detector: BerDiff, slices: Slices, L: int, P: float, num_inference_steps: int, seed: int) -> dict[str, Any]:
+    """One line of the table; `shares` are those of masked entries, (N,)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    configure(detector, L, P, num_inference_steps)
+    found, seconds = detect(detector, slices)
+    shares = found.score.double().numpy()
+    metrics = pooled(slices, found.anomaly_map[:, 0], seed, found.score)
+    both = {"healthy": ~slices.diseased.numpy(), "diseased": slices.diseased.numpy()}
+    return {
+        "L": L,
+        "P": P,
+        "num_inference_steps": num_inference_steps,
+        "sum": masked_bernoulli_metrics(slices.image, found.reconstruction, slices.lesion, "sum"),
+        "per_channel": masked_bernoulli_metrics(slices.image, found.reconstruction, slices.lesion, "per-channel"),
+        "pooled": {name: metrics[name] for name in POOLED},
+        "masked_share": {"auroc": metrics["image_auroc"]} | {name: box(shares[which]) for name, which in both.items()},
+        "seconds_per_slice": seconds,
+        "peak_memory_gb": peak_memory_gb(detector),
+        "shares": shares,
+    }
+
+
+def pooled(slices: Slices, maps: Tensor, seed: int, scores: Tensor | None = None) -> dict[str, Any]:
+    """This project's metrics over the slices' foreground, with intervals over subjects. maps: (N, H, W)."""
+    metrics = DetectionMetrics()
+    subjects = np.array(slices.subject)
+    foreground = foreground_of(slices.image)[:, 0]
+    for subject in np.unique(subjects):
+        own = torch.from_numpy(subjects == subject)
+        volumes = (x[own].movedim(0, -1) for x in (maps, slices.lesion, foreground))
+        metrics.update(str(subject), *volumes, slice_scores=None if scores is None else scores[own])
+    return metrics.compute(seed)
+
+
+def box(values: np.ndarray) -> dict[str, float]:
+    """Mean, quartiles and whiskers (1.5 times the quartiles' distance) of a box plot."""
+    (stats,) = boxplot_stats(values)
+    return {name: float(stats[name]) for name in ("mean", "whislo", "q1", "med", "q3", "whishi")}
+
+
+def peak_memory_gb(detector: BerDiff) -> float:
+    """On the GPU that of the last detections; on the CPU the highest so far of the process, slices included."""
+    if next(detector.parameters()).is_cuda:
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def measure_baseline(slices: Slices, modalities: list[str], modality: str, direction: Any, seed: int) -> dict[str, Any]:
+    """The intensity of a modality as anomaly map, under the same protocol."""
+    channel = modalities.index(modality)
+    maps = intensity_threshold(slices.image[None, :, channel], foreground_of(slices.image)[None, :, 0], direction)[0]
+    metrics = pooled(slices, maps, seed)
+    return {
+        "modality": modality,
+        "direction": direction,
+        "sum": map_metrics(maps[:, None], slices.lesion),
+        "pooled": {name: metrics[name] for name in POOLED},
+        "image_auroc": metrics["image_auroc"],
+    }
+
+
+def measure_batching(detector: BerDiff, slices: Slices, setting: tuple[int, float, int]) -> dict[str, Any]:
+    """32 slices at once, and one at a time: with the batches filled up, so that the maps agree, and unfilled."""
+    configure(detector, *setting)
+    some = slices.take(torch.arange(min(BATCH, len(slices.image))))
+    together, seconds = detect(detector, some)
+    result: dict[str, Any] = {"n_slices": len(some.image), "slices_per_second_at_once": 1 / seconds}
+    own = detector.batch_size
+    for name, size in (("alone", own), ("alone_unfilled", 1)):
+        detector.batch_size = size
+        alone, seconds = detect(detector, some, batch=1)
+        difference = (alone.anomaly_map - together.anomaly_map).abs().flatten(1).amax(1)
+        result[f"slices_per_second_{name}"] = 1 / seconds
+        result[f"largest_difference_{name}"] = float(difference.max())
+        result[f"share_of_slices_that_agree_{name}"] = float((difference < 1e-4).float().mean())
+    detector.batch_size = own
+    return result
+
+
+def save_box_plots(grid: list[dict[str, Any]], diseased: np.ndarray, path: Path) -> None:
+    """Share of masked entries of healthy and of diseased slices, one panel a setting that does not mask all."""
+    panels = [entry for entry in grid if entry["P"] > 0]
+    figure = Figure(figsize=(2.2 * max(len(panels), 1), 3), layout="constrained")
+    for axis, entry in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
+        axis.boxplot([entry["shares"][~diseased], entry["shares"][diseased]], tick_labels=["healthy", "diseased"])
+        axis.set_title(label(entry), fontsize=8)
+    figure.supylabel("share of masked entries", fontsize=9)
+    with replacing(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary, metadata={"Software": None})
+
+
+def label(entry: dict[str, Any]) -> str:
+    """Name of a setting."""
+    return f"L = {entry['L']}, P = {entry['P']:g}, {entry['num_inference_steps']} calls"
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: mean and standard deviation over slices with lesion, and the pooled metrics' values."""
+
+    def spread(summary: dict[str, dict[str, float]], name: str, digits: int) -> str:
+        return f"{summary[name]['mean']:.{digits}f} +- {summary[name]['std']:.{digits}f}" if name in summary else "-"
+
+    def line(name: str, summary: dict[str, Any], entry: dict[str, Any], auroc: Any, *cost: str) -> str:
+        cells = [name, spread(summary, "dice", 3), spread(summary, "auprc", 3), spread(summary, "psnr", 2)]
+        values = [v["value"] for v in (entry["pooled"]["auprc"], auroc)]
+        return " | ".join(["", *cells, *("-" if v is None else f"{v:.3f}" for v in values), *cost, ""]).strip()
+
+    heads = ("", "Dice", "AUPRC", "PSNR", "pooled AUPRC", "slice AUROC", "s/slice", "GB", "")
+    lines = [" | ".join(["", *heads]).strip(), "|---" * (len(heads) - 1) + "|"]
+    for entry in result["grid"]:
+        cost = f"{entry['seconds_per_slice']:.2f}", f"{entry['peak_memory_gb']:.2f}"
+        lines.append(line(label(entry), entry["sum"], entry, entry["masked_share"]["auroc"], *cost))
+    baseline = result["baseline"]
+    name = f"{baseline['modality']}, {baseline['direction']}"
+    lines.append(line(name, baseline["sum"], baseline, baseline["image_auroc"], "-", "-"))
+    return "\n".join(lines)
+
+
+def run() -> None:
+    """The command; ends in one line where an input is to blame."""
+    try:
+        typer.run(main)
+    except UADError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,89 @@
+import csv
+from collections import Counter
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from common.data.cohort import read_cohort
+
+
+def rows_of(folder):
+    with (folder / "cohort.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def patient_of(row):
+    return row["subject"].removesuffix("_healthy")
+
+
+def slices_of(path):
+    """Which slices of the patient a stack of its first modality holds."""
+    return np.asarray(nib.load(path).dataobj)[14, 14] - 100
+
+
+def tumour_slices(path):
+    return np.flatnonzero(np.asarray(nib.load(path).dataobj).any(axis=(0, 1)))
+
+
+@pytest.fixture(scope="module")
+def tcga_lgg(tmp_path_factory, write_patient, run_script):
+    data, out = tmp_path_factory.mktemp("tcga"), tmp_path_factory.mktemp("tcga_cohort")
+    for number in range(20):
+        write_patient(data / f"TCGA_XX_{number:04d}", ("T1", "FLAIR", "T1CE"), 24, range(6, 10 + number // 2))
+    run_script("make_tumour_cohort.py", data, out)
+    return data, out
+
+
+@pytest.mark.parametrize(("layout", "counts"), [("brats2020", (3, 1, 2)), ("tcga_lgg", (12, 3, 5))])
+def test_patients_are_split_60_15_25_without_overlap(layout, counts, request):
+    """Two of the five of BraTS that train have no two slices without tumour, which would be a volume."""
+    _, out = request.getfixturevalue(layout)
+    splits = {}
+    for row in rows_of(out):
+        splits.setdefault(patient_of(row), set()).add(row["split"])
+    assert all(len(split) == 1 for split in splits.values())
+    found = Counter(next(iter(split)) for split in splits.values())
+    assert tuple(found[split] for split in ("train", "val", "test")) == counts
+
+
+def test_patients_with_a_copied_modality_are_left_out(brats2020):
+    data, out = brats2020
+    assert list(data.rglob("BraTS20_Training_009_seg.nii.gz"))
+    assert "BraTS20_Training_009" not in {patient_of(row) for row in rows_of(out)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "modality", "used", "margin"), [("brats2020", "T1", range(80, 129), 0), ("tcga_lgg", "T1", range(24), 1)]
+)
+def test_healthy_stacks_hold_no_tumour_and_all_slices_without(layout, modality, used, margin, request):
+    data, out = request.getfixturevalue(layout)
+    stacks = [row for row in rows_of(out) if not row["lesion"]]
+    assert stacks
+    for row in stacks:
+        assert row["split"] != "test"
+        (seg,) = data.rglob(f"{patient_of(row)}_seg.nii.gz")
+        # grey values of BraTS's second and third modality are doubled: its T1 is not the first file
+        image = np.asarray(nib.load(out / row[modality]).dataobj)[14, 14]
+        slices = (image - 200) / 2 - 100 if layout == "brats2020" else image - 100
+        near = {s + d for s in tumour_slices(seg) for d in range(-margin, margin + 1)}
+        assert slices.tolist() == [s for s in used if s not in near]
+
+
+def test_brats_volumes_are_slices_80_to_128_with_their_lesion(brats2020):
+    data, out = brats2020
+    volumes = [row for row in rows_of(out) if row["lesion"]]
+    assert {row["split"] for row in volumes} == {"val", "test"}
+    for row in volumes:
+        assert slices_of(out / row["FLAIR"]).shape == (49,)
+        (seg,) = data.rglob(f"{row['subject']}_seg.nii.gz")
+        expected = np.asarray(nib.load(seg).dataobj)[..., 80:129] > 0
+        assert np.array_equal(np.asarray(nib.load(out / row["lesion"]).dataobj), expected)
+
+
+def test_columns_are_in_the_order_of_the_paper_and_the_cohort_can_be_read(brats2020, tcga_lgg):
+    assert list(rows_of(brats2020[1])[0]) == ["subject", "split", "T1", "T1CE", "T2", "FLAIR", "brain", "lesion"]
+    assert list(rows_of(tcga_lgg[1])[0]) == ["subject", "split", "T1", "FLAIR", "T1CE", "brain", "lesion"]
+    (healthy,) = read_cohort(brats2020[1] / "cohort.csv", ("T1", "T1CE", "T2", "FLAIR"), "val", healthy=True)
+    assert healthy["subject"].endswith("_healthy")
+    assert nib.load(healthy["image"][3]).shape[2] > 1
