@@ -4,6 +4,7 @@
 
 Writes `mni152_lesions_T1.nii.gz`, `mni152_lesions_mask.nii.gz` and `LICENSE` to `common/data/sample`. The template is
 the one inside nilearn: nothing is downloaded. The same versions of numpy, scipy and zlib write the same bytes.
+Whole heads are made by `make_head_samples.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ LICENSE = """\
 mni152_lesions_T1.nii.gz and mni152_lesions_mask.nii.gz are made from the ICBM 152 nonlinear symmetric template, version
 2009a, as carried by nilearn (skull-stripped T1, 1 mm). Changes by this project (scripts/make_sample.py): averaged to
 2 mm, cropped, and lesions added. THE LESIONS ARE SIMULATED: no patient has them. The changes are under the same terms.
+
+head_lesions_CT.nii.gz, head_lesions_T1.nii.gz, head_lesions_FLAIR.nii.gz, head_lesions_T1CE.nii.gz and their masks are
+made from the same template (scripts/make_head_samples.py): its brain, given the grey values of these images, in a skull
+and a scalp that are drawn. NEITHER THE HEADS NOR THE LESIONS ARE THOSE OF A PATIENT. Under the same terms.
 
 Copyright (C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill
 University. Permission to use, copy, modify, and distribute this software and its documentation for any purpose and

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from scipy.spatial.transform import Rotation
@@ -31,13 +34,27 @@ class Phantom:
 
     def on_grid(self, shape, affine):
         """Image (H, W, D) float32, brain and lesion bool, on a grid."""
-        voxels = np.moveaxis(np.indices(shape), 0, -1)
-        points = nib.affines.apply_affine(affine, voxels) - self.centre_mm
-        brain = np.linalg.norm(points * self.scale / RADII_MM, axis=-1) <= 1
+        points, radius = self.points(shape, affine)
+        brain = radius <= 1
         distance = np.linalg.norm(points - self.lesion_mm, axis=-1)
         tissue = 400 + points @ np.array([2.0, 1.0, 1.5]) + 8 * np.sin(points.sum(axis=-1) / 9)
         tissue += 150 * np.exp(-((distance / 9) ** 2)) * self.lesion
         return np.where(brain, tissue, 0).astype(np.float32), brain, brain & (distance < 9) & self.lesion
+
+    def points(self, shape, affine):
+        """World coordinates from the centre, (H, W, D, 3) mm, and the radius (H, W, D), 1 on the brain's surface."""
+        voxels = np.moveaxis(np.indices(shape), 0, -1)
+        points = nib.affines.apply_affine(affine, voxels) - self.centre_mm
+        return points, np.linalg.norm(points * self.scale / RADII_MM, axis=-1)
+
+    def of_modality(self, modality, shape, affine, whole_head=False):
+        """Image (H, W, D) float32 of any modality; whole heads have bone and scalp; CT is in grey values, air at 25."""
+        image, brain, _ = self.on_grid(shape, affine)
+        tissue = image / 6 if modality == "CT" else image * (1 + len(modality) / 10)
+        bone, scalp, air = (255, 90, 25) if modality == "CT" else (80, 800, 0)
+        radius = self.points(shape, affine)[1]
+        around = np.select([radius <= 1.1, radius <= 1.2], [bone, scalp], air) if whole_head else 0
+        return np.where(brain, tissue, around).astype(np.float32)
 
     def grid(self, spacing_mm=(2.0, 2.0, 2.0), rotation=None, margin_mm=8.0):
         """Shape and affine of a RAS grid around the brain, possibly rotated."""
@@ -65,24 +82,36 @@ def save_nifti_fixture():
     return save_nifti
 
 
-@pytest.fixture(scope="session")
-def cohort(tmp_path_factory):
+def write_cohort(folder, modalities=("T1",), whole_head=False) -> Path:
     """A cohort CSV of thin brains: one healthy subject to train, one to validate, two to test, one with a lesion."""
-    folder = tmp_path_factory.mktemp("cohort")
     rows = [("a", "train", False), ("b", "val", False), ("c", "test", False), ("d", "test", True)]
     with (folder / "cohort.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["subject", "split", "T1", "brain", "lesion"])
+        writer.writerow(["subject", "split", *modalities, "brain", "lesion"])
         for index, (subject, split, has_lesion) in enumerate(rows):
             person = Phantom(scale=1 + index / 50, lesion=has_lesion)
-            (height, width, depth), affine = person.grid()
+            (height, width, depth), affine = person.grid(margin_mm=16.0 if whole_head else 8.0)
             affine[:3, 3] += affine[:3, :3] @ (0, 0, depth // 2 - 4)  # ten slices about the middle
-            image, _, lesion = person.on_grid((height, width, 10), affine)
-            save_nifti(folder / f"{subject}.nii.gz", image, affine)
-            if has_lesion:
-                save_nifti(folder / f"{subject}_lesion.nii.gz", lesion.astype(np.uint8), affine)
-            writer.writerow([subject, split, f"{subject}.nii.gz", "", f"{subject}_lesion.nii.gz" if has_lesion else ""])
+            shape = (height, width, 10)
+            names = [f"{subject}.nii.gz" if len(modalities) == 1 else f"{subject}_{m}.nii.gz" for m in modalities]
+            for name, modality in zip(names, modalities, strict=True):
+                save_nifti(folder / name, person.of_modality(modality, shape, affine, whole_head), affine)
+            lesion = f"{subject}_lesion.nii.gz" if has_lesion else ""
+            if lesion:
+                save_nifti(folder / lesion, person.on_grid(shape, affine)[2].astype(np.uint8), affine)
+            writer.writerow([subject, split, *names, "", lesion])
     return folder / "cohort.csv"
+
+
+@pytest.fixture(scope="session", name="write_cohort")
+def write_cohort_fixture():
+    return write_cohort
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory):
+    """`write_cohort` of skull-stripped T1."""
+    return write_cohort(tmp_path_factory.mktemp("cohort"))
 
 
 PLANES = {  # directions in RAS, as a scanner stores them: along a row, along a column, from slice to slice
@@ -164,3 +193,69 @@ def write_series(
 @pytest.fixture(scope="session", name="write_series")
 def write_series_fixture():
     return write_series
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def write_patient(path: Path, files, depth, tumour, is_copied=False):
+    """A cylinder of tissue whose grey value says which modality and slice it is; tumour in `range` of the slices."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    disc = np.hypot(*(np.indices((28, 28)) - 13.5)) < 12
+    grey = np.where(disc[..., None], 100 + np.arange(depth), 0)
+    seg = np.zeros(grey.shape)
+    seg[10:16, 10:16, list(tumour)] = 4
+    for number, name in enumerate(files):
+        image = grey * (2 if number and not is_copied else 1) + 200 * number * (grey > 0) * (not is_copied)
+        save_nifti(path.with_name(f"{path.name}_{name}.nii.gz"), image.astype(np.int16), np.diag([-1.0, -1.0, 1.0, 1]))
+    save_nifti(path.with_name(f"{path.name}_seg.nii.gz"), seg.astype(np.int16), np.diag([-1.0, -1.0, 1.0, 1]))
+
+
+@pytest.fixture(scope="session")
+def brats2020(tmp_path_factory):
+    """Nine patients as BraTS 2020 unpacks, and the folder of the cohort that the script makes of them.
+
+    The last one's modalities are copies; of the third and fourth only slice 128 of those used is without tumour.
+    """
+    data, out = tmp_path_factory.mktemp("brats2020"), tmp_path_factory.mktemp("brats2020_cohort")
+    for number in range(1, 10):
+        name = f"BraTS20_Training_{number:03d}"
+        tumour = range(70, 128) if number in (3, 4) else range(60, 100 + number)
+        write_patient(data / name / name, ("flair", "t1", "t1ce", "t2"), 155, tumour, is_copied=number == 9)
+    run_script("make_tumour_cohort.py", data, out, "--layout", "brats2020")
+    return data, out
+
+
+@pytest.fixture(scope="session")
+def oct2017(tmp_path_factory):
+    """40 patients to train on, three of whom test too, as OCT2017 unpacks; and the cohort that the script makes."""
+    data, out = tmp_path_factory.mktemp("oct2017"), tmp_path_factory.mktemp("oct2017_cohort")
+    names = [f"train/NORMAL/NORMAL-{patient}-{n}" for patient in range(100, 140) for n in (1, 2)]
+    names += [f"test/{kind}/{kind}-{p}-{n}" for kind, p in (("NORMAL", 100), ("DRUSEN", 101)) for n in range(1, 13)]
+    names += ["test/CNV/CNV-102-1"]
+    random = np.random.default_rng(0)
+    for name in names:
+        path = data / f"{name}.jpeg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        layers = 90 + 60 * np.sin(np.arange(48) / 4 + random.uniform(0, 6))
+        Image.fromarray(np.repeat(layers[:, None], random.integers(50, 80), axis=1).astype(np.uint8)).save(path)
+    run_script("make_oct_cohort.py", data, out)
+    return data, out
+
+
+def run_script(name, *arguments):
+    """Run one of `scripts/` in a process of its own; what it prints."""
+    command = [sys.executable, SCRIPTS / name, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session", name="run_script")
+def run_script_fixture():
+    return run_script
+
+
+@pytest.fixture(scope="session", name="write_patient")
+def write_patient_fixture():
+    return write_patient

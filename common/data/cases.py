@@ -26,14 +26,18 @@ def find_cases(
     Args:
         image: one or several of: an image file; a folder of image files; the folder of a DICOM series; the root of a
             BIDS dataset; a cohort CSV. No image is opened here.
-        modalities: of the bundle, in their order. Several need a BIDS dataset or a cohort CSV.
+        modalities: of the bundle, in their order. Several need a BIDS dataset, a cohort CSV, or one file each in this
+            order, which are one case, named like the first without its modality.
         brain: mask of the brain, for a single image.
         series: which DICOM series of a folder, by UID or description.
         participants: labels of the BIDS dataset; empty for all.
     Raises CohortError or ImageFileError.
     """
-    inputs = [image] if isinstance(image, (str, Path)) else image
-    items = [item for path in inputs for item in _cases(Path(path), modalities, participants)]
+    inputs = [Path(path) for path in ([image] if isinstance(image, (str, Path)) else image)]
+    if 1 < len(modalities) == len(inputs) and all(_is_image(path) for path in inputs):
+        items = [_case_of_several(inputs, modalities)]
+    else:
+        items = [item for path in inputs for item in _cases(path, modalities, participants)]
     check_names(items)
     if brain is not None and len(items) > 1:
         raise CohortError(brain, f"one brain mask for {len(items)} images", "give a cohort CSV with a column brain")
@@ -57,13 +61,20 @@ def _cases(path: Path, modalities: Sequence[str], participants: Sequence[str]) -
         return find_scans(path, modalities, participants)
     if len(modalities) > 1:
         fact = f"the bundle needs {', '.join(modalities)} of each subject"
-        raise CohortError(path, fact, "give a cohort CSV with a column each, or a BIDS dataset")
+        raise CohortError(path, fact, "give these files in this order, a cohort CSV, or a BIDS dataset")
     images = []
     if path.is_dir():
         images = sorted(file for file in path.iterdir() if _is_image(file))
         if not images and not any(path.iterdir()):
             raise ImageFileError(path, "an empty folder", "give images, a folder of them, or of a DICOM series")
     return [{"subject": case_name(file), "image": str(file)} for file in images or [path]]
+
+
+def _case_of_several(paths: Sequence[Path], modalities: Sequence[str]) -> dict[str, object]:
+    """One case of several files: `sub-01` for `sub-01_T1.nii.gz`, `sub-01_FLAIR.nii.gz`."""
+    first = case_name(paths[0])
+    subject = first.removesuffix(modalities[0]).rstrip("_-. ") or first
+    return {"subject": subject, "image": [str(path) for path in paths]}
 
 
 def _is_image(path: Path) -> bool:

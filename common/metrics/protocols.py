@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .histograms import exact_histograms, max_dice
+from .histograms import auroc, average_precision, exact_histograms, max_dice
 
 _EPS = 1e-6  # in the denominator of Dice, in the reference programs of both papers
 
@@ -51,6 +51,30 @@ def global_max_dice(maps: NDArray[Any], masks: NDArray[Any]) -> float:
     """
     scores, lesions = _flat(maps, masks)
     return float(max_dice(*exact_histograms(scores.ravel(), lesions.ravel())))
+
+
+def latent_ddpm_sprites(maps: NDArray[Any], masks: NDArray[Any], scores: NDArray[Any]) -> dict[str, float]:
+    """The synthetic experiment (latent DDPM, Pinaya et al., MICCAI 2022, Table 1), by pixels and by images.
+
+    `max_dice` (all thresholds, pooled) and `auprc` are over all pixels of the contaminated images, `image_auroc` and
+    `image_auprc` over all images. The paper does not say how many clean images it has, on which its `image_auprc`
+    depends: that of scores without information is the share of contaminated images.
+
+    maps: (N, H, W) float of any scale; masks: (N, H, W) bool or {0, 1}, without a pixel where an image is clean;
+    scores: (N,) of the images, of any scale, higher = more abnormal.
+    Raises ValueError where shapes differ or not both clean and contaminated images are there.
+    """
+    values, sprites = _flat(maps, masks)
+    if np.shape(scores) != (len(values),):
+        raise ValueError(f"scores {np.shape(scores)} must be one for each of {len(values)} images")
+    contaminated: NDArray[np.bool_] = np.any(sprites, axis=1)
+    if contaminated.all() or not contaminated.any():
+        raise ValueError(f"{contaminated.sum()} of {len(values)} images have a sprite: both kinds are needed")
+    pixels = exact_histograms(values[contaminated].ravel(), sprites[contaminated].ravel())
+    images = exact_histograms(np.asarray(scores), contaminated)
+    metrics = {"max_dice": max_dice(*pixels), "auprc": average_precision(*pixels)}
+    metrics |= {"image_auroc": auroc(*images), "image_auprc": average_precision(*images)}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _flat(maps: NDArray[Any], masks: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_]]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from monai.bundle import ConfigParser
+from monai.utils import ensure_tuple
 
 from common.bundle import BUNDLES_DIR, run_inference
-from common.data.cohort import sample_dir
+from common.transforms.head import HeadPreprocessing
 from common.weights import load_weights
 
 HERE = Path(__file__).parent
@@ -51,11 +55,33 @@ def network(inference, bundle):
     return network.eval()
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The sample that the bundle's config names: a file per modality, and on their grid where to look and what for."""
+
+    images: list[Path]
+    foreground: np.ndarray  # (H, W, D) bool
+    lesion: np.ndarray  # (H, W, D) bool
+    prepared: dict
+
+
 @pytest.fixture(scope="session")
-def slab(inference):
-    """18 prepared slices of the sample, the middle of the brain in depth, (1, C, H, W, 18)."""
-    image = f"{sample_dir()}/mni152_lesions_T1.nii.gz"
-    prepared = inference.get_parsed_content("preprocessing")({"image": image})["image"].as_tensor()
+def sample(inference, metadata):
+    paths = inference.get_parsed_content("image")
+    images = [Path(path) for path in ensure_tuple(paths)]
+    assert len(images) == len(metadata["modalities"])
+    first = images[0].name.removesuffix(".nii.gz")  # `a_T1` has its mask in `a_T1_mask` or `a_mask`
+    masks = [f"{first}_mask.nii.gz", f"{first.removesuffix(metadata['modalities'][0])}mask.nii.gz"]
+    mask = next(path for name in masks if (path := images[0].with_name(name)).is_file())
+    prepared = inference.get_parsed_content("preprocessing")({"image": paths})
+    lesion = np.asarray(nib.load(mask).dataobj) > 0
+    return Sample(images, prepared["brain"].as_tensor()[0].numpy(), lesion, prepared)
+
+
+@pytest.fixture(scope="session")
+def slab(sample):
+    """18 prepared slices of the sample, its middle in depth, (1, C, H, W, 18)."""
+    prepared = sample.prepared["image"].as_tensor()
     middle = prepared.shape[-1] // 2
     return prepared[None, ..., middle - 9 : middle + 9]
 
@@ -75,11 +101,18 @@ def sample_case(bundle, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def monai_says(bundle, cohort, tmp_path_factory):
+def bundle_cohort(inference, metadata, write_cohort, tmp_path_factory):
+    """A cohort of what the bundle looks at: its modalities, brains or whole heads."""
+    whole_head = isinstance(inference.get_parsed_content("preprocessing"), HeadPreprocessing)
+    return write_cohort(tmp_path_factory.mktemp("cohort"), metadata["modalities"], whole_head)
+
+
+@pytest.fixture(scope="session")
+def monai_says(bundle, bundle_cohort, tmp_path_factory):
     """What MONAI's own checks say of the bundle: the error, or None, of each; in a process of their own."""
     work = tmp_path_factory.mktemp(f"{bundle.name}-monai")
     script, schema = HERE / "monai_checks.py", HERE / "meta_schema_20240725.json"
-    command = [sys.executable, script, bundle, schema, cohort, work]
+    command = [sys.executable, script, bundle, schema, bundle_cohort, work]
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads((work / "result.json").read_text(encoding="utf-8"))

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.data.cohort import SAMPLE_DIR
 from common.metrics import auroc
 from common.metrics.histograms import exact_histograms
-from common.weights import sha256
+from common.weights import digest, sha256
 
 OUTPUTS = {
     "anomaly_map.nii.gz",
@@ -47,7 +46,7 @@ def test_prediction_has_map_and_reconstruction(slab, slab_prediction, metadata):
     assert 0 <= float(reconstruction.min()) <= float(reconstruction.max()) <= 1
 
 
-def test_nothing_outside_the_brain(slab, slab_prediction):
+def test_nothing_outside_the_foreground(slab, slab_prediction):
     outside = (slab <= 0).all(dim=1, keepdim=True).expand_as(slab_prediction)
     assert outside.any()
     assert not slab_prediction[outside].any()
@@ -74,31 +73,33 @@ def test_volumes_of_a_batch_do_not_meet(network, slab):
     assert not network(other)[0, ..., 1].any()
 
 
-def test_empty_volume_is_healthy(network):
-    assert not network(torch.zeros(1, 1, 24, 20, 3)).any()
+def test_empty_volume_is_healthy(network, metadata):
+    assert not network(torch.zeros(1, len(metadata["modalities"]), 24, 20, 3)).any()
 
 
-def test_outputs_are_on_the_grid_of_the_sample(sample_case):
+def test_outputs_are_on_the_grid_of_the_sample(sample_case, sample):
     assert {path.name for path in sample_case.iterdir()} == OUTPUTS
-    image = nib.load(SAMPLE_DIR / "mni152_lesions_T1.nii.gz")
-    brain = np.asarray(image.dataobj) > 0
-    for name, dtype in (("anomaly_map", np.float32), ("reconstruction", np.float32), ("segmentation", np.uint8)):
+    image = nib.load(sample.images[0])
+    several = (len(sample.images),) if len(sample.images) > 1 else ()
+    outputs = [("anomaly_map", np.float32, ()), ("reconstruction", np.float32, several), ("segmentation", np.uint8, ())]
+    for name, dtype, channels in outputs:
         written = nib.load(sample_case / f"{name}.nii.gz")
-        assert written.shape == image.shape
+        assert written.shape == (*image.shape, *channels)
         assert np.array_equal(written.affine, image.affine)
         assert written.get_data_dtype() == dtype
         values = np.asarray(written.dataobj)
         assert np.isfinite(values).all()
         assert values.min() >= 0
-        assert not values[~brain].any(), name
+        assert not values[~sample.foreground].any(), name
 
 
-def test_lesions_of_the_sample_stand_out(sample_case):
-    brain = load(SAMPLE_DIR / "mni152_lesions_T1.nii.gz") > 0
-    lesion = load(SAMPLE_DIR / "mni152_lesions_mask.nii.gz") > 0
+def test_lesions_of_the_sample_stand_out(sample_case, sample):
+    inside, lesion = sample.foreground, sample.lesion
+    assert 0.003 < lesion[inside].mean() < 0.05
+    assert lesion[inside].sum() > 0.9 * lesion.sum()
     anomaly_map = load(sample_case / "anomaly_map.nii.gz")
-    assert anomaly_map[lesion].mean() > 1.5 * anomaly_map[brain & ~lesion].mean()
-    assert auroc(*exact_histograms(anomaly_map[brain], lesion[brain])) > 0.7
+    assert anomaly_map[inside & lesion].mean() > 1.5 * anomaly_map[inside & ~lesion].mean()
+    assert auroc(*exact_histograms(anomaly_map[inside], lesion[inside])) > 0.7
 
 
 def test_segmentation_is_the_map_above_the_shipped_threshold(sample_case, network):
@@ -110,11 +111,11 @@ def test_segmentation_is_the_map_above_the_shipped_threshold(sample_case, networ
     assert mask.sum() > 0.5 * above.sum()  # small components are removed
 
 
-def test_run_is_recorded(sample_case, bundle, metadata):
+def test_run_is_recorded(sample_case, sample, bundle, metadata):
     run = json.loads((sample_case / "run.json").read_text(encoding="utf-8"))
     assert run["bundle"].split()[0] == bundle.name
     assert run["weights_sha256"] == sha256(bundle / "models" / "model.pt")
-    assert run["input_sha256"] == {"image": sha256(SAMPLE_DIR / "mni152_lesions_T1.nii.gz")}
+    assert run["input_sha256"] == {"image": digest(sample.images if len(sample.images) > 1 else sample.images[0])}
     assert run["seed"] == 0
     assert {"torch", "monai", "numpy", "nibabel", "uad-bundles"} <= set(run["versions"])
     assert 0 <= run["volume_score_percentile"] <= 100

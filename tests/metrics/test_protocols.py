@@ -2,8 +2,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from common.metrics import auroc, auto_ddpm_max_dice, average_precision, global_max_dice, mad_ad_max_dice
+from common.metrics import (
+    auroc,
+    auto_ddpm_max_dice,
+    average_precision,
+    global_max_dice,
+    latent_ddpm_sprites,
+    mad_ad_max_dice,
+)
 from common.metrics.histograms import exact_histograms
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -47,3 +56,39 @@ def test_global_max_dice_takes_any_scale_and_is_undefined_without_a_lesion():
 def test_shapes_that_differ_are_refused(protocol):
     with pytest.raises(ValueError, match="same shape"):
         protocol(np.zeros((2, 4, 4)), np.zeros((2, 4, 5)))
+
+
+def test_sprites_by_hand():
+    """Two contaminated images of four pixels and two clean ones, whose pixels do not count."""
+    maps = np.array([[4, 1, 0, 0], [3, 2, 0, 0], [9, 9, 9, 9], [9, 9, 9, 9]]).reshape(4, 2, 2)
+    masks = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]).reshape(4, 2, 2)
+    result = latent_ddpm_sprites(maps, masks, np.array([0.9, 0.4, 0.5, -1.0]))
+    # pixels in falling order: sprite, other, sprite, other: Dice of the first three 2 * 2 / (3 + 2)
+    assert result["max_dice"] == pytest.approx(4 / 5)
+    assert result["auprc"] == pytest.approx((1 + 2 / 3) / 2)
+    assert result["image_auroc"] == pytest.approx(3 / 4)
+    assert result["image_auprc"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_sprites_agree_with_torchmetrics():
+    rng = np.random.default_rng(0)
+    masks = rng.random((12, 8, 8)) < 0.1
+    masks[5:] = False
+    maps, scores = rng.random(masks.shape) + 0.5 * masks, rng.normal(size=12)
+    result = latent_ddpm_sprites(maps, masks, scores)
+    pixels = torch.from_numpy(maps[:5]).flatten(), torch.from_numpy(masks[:5]).flatten().int()
+    images = torch.from_numpy(scores).sigmoid(), torch.arange(12).lt(5).int()
+    assert result["auprc"] == pytest.approx(float(binary_average_precision(pixels[0] / 2, pixels[1])), abs=1e-6)
+    assert result["image_auroc"] == pytest.approx(float(binary_auroc(*images)), abs=1e-6)
+    assert result["image_auprc"] == pytest.approx(float(binary_average_precision(*images)), abs=1e-6)
+    assert result["max_dice"] == pytest.approx(global_max_dice(maps[:5], masks[:5]))
+
+
+def test_sprites_need_both_kinds_of_images_and_a_score_each():
+    masks = np.zeros((2, 4, 4), dtype=bool)
+    with pytest.raises(ValueError, match="0 of 2 images have a sprite"):
+        latent_ddpm_sprites(np.zeros(masks.shape), masks, np.zeros(2))
+    with pytest.raises(ValueError, match="2 of 2 images have a sprite"):
+        latent_ddpm_sprites(np.zeros(masks.shape), ~masks, np.zeros(2))
+    with pytest.raises(ValueError, match="one for each of 2 images"):
+        latent_ddpm_sprites(np.zeros(masks.shape), masks, np.zeros(3))

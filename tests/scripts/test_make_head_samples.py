@@ -6,6 +6,8 @@ import pytest
 from scipy import ndimage
 
 from common.data.cohort import SAMPLE_DIR
+from common.metrics import auroc, intensity_threshold
+from common.metrics.histograms import exact_histograms
 from common.transforms.head import HeadCTPreprocessing, HeadMRPreprocessing
 
 NAMES = ("CT", "CT_mask", "T1", "FLAIR", "T1CE", "mask")
@@ -47,7 +49,10 @@ def test_ct_is_windowed_as_the_data_are():
     assert 105 < np.median(image[brain]) < 130
     assert lesion[head].sum() == lesion.sum()
     assert ndimage.label(lesion)[1] == 4
-    assert 160 < np.percentile(image[lesion], 10) < np.percentile(image[lesion], 90) < 230  # blood, darker than bone
+    labels, _ = ndimage.label(lesion)
+    levels = sorted(ndimage.median(image, labels, index=range(1, 5)))
+    assert levels[1] < 0.6 * np.median(image[brain])  # infarcts
+    assert 1.5 * np.median(image[brain]) < levels[2] < levels[3] < 240  # blood, darker than bone
 
 
 def test_mr_has_the_contrast_of_each_modality():
@@ -59,13 +64,31 @@ def test_mr_has_the_contrast_of_each_modality():
     head = data["brain"].as_tensor()[0].numpy()
     assert 0.3 < head[..., 5].mean() < 0.55
     middle = ndimage.binary_erosion(head, np.ones((31, 31, 1))) & ~ndimage.binary_dilation(tumour, np.ones((7, 7, 3)))
-    core = ndimage.binary_erosion(tumour, np.ones((13, 13, 1)))
-    rim = tumour & ~ndimage.binary_erosion(tumour, np.ones((7, 7, 1)))
+    cyst = ndimage.binary_erosion(tumour, np.ones((13, 13, 1)))
+    solid = tumour & ~ndimage.binary_erosion(tumour, np.ones((5, 5, 1)))
     brain = {name: np.median(image[middle]) for name, image in images.items()}
-    assert np.median(images["T1"][core]) < 0.7 * brain["T1"]
-    assert np.median(images["FLAIR"][core]) > 1.5 * brain["FLAIR"]
-    assert np.median(images["T1CE"][core]) < 0.7 * brain["T1CE"]
-    assert np.percentile(images["T1CE"][rim], 75) > 1.2 * brain["T1CE"]
+    assert np.median(images["T1"][solid]) < 0.9 * brain["T1"]
+    assert np.median(images["FLAIR"][solid]) > 1.2 * brain["FLAIR"]
+    assert np.percentile(images["T1CE"][solid], 75) > 1.2 * brain["T1CE"]  # its rim
+    assert all(np.median(images[name][cyst]) < 0.6 * brain[name] for name in images)
     prepared = data["image"].as_tensor().numpy()
     assert (np.median(prepared[:, middle], axis=1) > 0.3).all()
     assert (np.median(prepared[:, middle], axis=1) < 0.6).all()
+
+
+@pytest.mark.parametrize("direction", ["bright", "dark"])
+@pytest.mark.parametrize(
+    ("preprocessing", "names", "mask"),
+    [
+        (HeadCTPreprocessing(), ["CT"], "CT_mask"),
+        (HeadMRPreprocessing(128, 98.0, 0.8, 3), ["T1", "FLAIR", "T1CE"], "mask"),
+    ],
+    ids=["CT", "MR"],
+)
+def test_intensity_alone_does_not_find_the_lesions(preprocessing, names, mask, direction):
+    """The contract asks every method for more than 0.7 on its sample."""
+    data = preprocessing({"image": [str(path(name)) for name in names]})
+    image = data["image"].as_tensor()  # the slices have the network's size, and the volume is in RAS
+    inside = (image > 0).any(dim=0).numpy()
+    anomaly_map = intensity_threshold(image, (image > 0).any(dim=0, keepdim=True), direction)[0].numpy()
+    assert auroc(*exact_histograms(anomaly_map[inside], values(mask)[inside] > 0)) < 0.65

@@ -1,0 +1,190 @@
+"""The synthetic experiment of Pinaya et al. (MICCAI 2022, Table 1): sprites in head CT, beside the paper's numbers.
+
+    for seed in 0 1 2; do
+        python scripts/make_headct_cohort.py headct_64.npz sprites$seed --seed $seed --test-only
+    done
+    python scripts/evaluate_sprites.py sprites0 sprites1 sprites2 -o result.json \\
+        --row latent_ddpm_headct:variant=c --row latent_ddpm_headct:variant=d,num_score_timesteps=50 --row vae_headct
+
+A row is a bundle or the path of an `inference.json`, and after a colon items of it with other values, `weights` too.
+Written: the JSON and, beside it, the table as Markdown. Slices go to the method as the network prepares them; where a
+method has an image-level score of its own, that is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from monai.bundle import ConfigParser
+from monai.transforms import Orientation
+from torch import Tensor
+
+from common.bundle import BUNDLES_DIR
+from common.data.cohort import cohort_modalities, read_cohort
+from common.files import replacing
+from common.methods.base import foreground_of, top_mean
+from common.metrics import intensity_threshold, latent_ddpm_sprites
+from common.report.case import versions
+from common.transforms.head import HeadCTPreprocessing
+from common.transforms.load import load_lesion
+from common.weights import load_into, sha256
+
+METRICS = {"max_dice": "best Dice", "auprc": "AUPRC", "image_auroc": "image AUROC", "image_auprc": "image AUPRC"}
+PAPER = {  # in the order of METRICS; of images only the two are printed
+    "AE": (0.165, 0.093),
+    "VAE, dense": (0.533, 0.464),
+    "f-AnoGAN": (0.492, 0.432),
+    "transformer": (0.768, 0.808, 0.921, 0.707),
+    "transformers, ensemble": (0.895, 0.956),
+    "latent DDPM (a)": (0.777, 0.810),
+    "latent DDPM (b)": (0.908, 0.950),
+    "latent DDPM (c)": (0.920, 0.955, 0.827, 0.702),
+}
+Method = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # slices, seeds -> maps (N, H, W), scores (N,)
+
+
+def main(
+    cohorts: Annotated[list[Path], typer.Argument(help="Folders that make_headct_cohort.py wrote, a seed each.")],
+    row: Annotated[list[str], typer.Option(help="BUNDLE or inference.json, then [:item=value,...].")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The result, a JSON file.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Slices at a time.")] = 50,
+) -> None:
+    """Measure each row on each cohort."""
+    names = [path.resolve().name for path in cohorts]
+    results = [intensity_row(cohorts, direction) for direction in ("bright", "dark")]
+    results += [measure(Row.parse(text), cohorts, torch.device(device), batch_size) for text in row]
+    result = {"cohorts": names, "device": device, "batch_size": batch_size, "rows": results, "versions": versions()}
+    for path, text in ((output, json.dumps(result, indent=2)), (output.with_suffix(".md"), table(results))):
+        with replacing(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    print(table(results))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A config and the items in it that are other."""
+
+    config: Path
+    items: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Row:
+        """From `BUNDLE[:item=value,...]`; a value is JSON, or else text."""
+        name, _, rest = text.partition(":")
+        config = Path(name) if name.endswith(".json") else BUNDLES_DIR / name / "configs" / "inference.json"
+        if not config.is_file():
+            raise typer.BadParameter(f"{name!r} is neither a bundle nor an inference.json")
+        items = {}
+        for item, equals, value in (part.partition("=") for part in rest.split(",") if part):
+            if not equals:
+                raise typer.BadParameter(f"{item!r} in {text!r} has no value")
+            try:
+                items[item] = json.loads(value)
+            except ValueError:
+                items[item] = value
+        return cls(config, items)
+
+    @property
+    def name(self) -> str:
+        """The bundle, and what is other, but where the weights are."""
+        folders = [part for part in self.config.resolve().parts[:-1] if part != "configs"]
+        changes = [f"{item}={value}" for item, value in self.items.items() if item != "weights"]
+        return " ".join([folders[-1], *changes])
+
+    def parser(self) -> ConfigParser:
+        """The config with the other items."""
+        parser = ConfigParser()
+        parser.read_config(self.config)
+        for item, value in self.items.items():
+            if (item.rpartition("::")[0] or item) not in parser:  # of an object arguments may be new
+                raise typer.BadParameter(f"{self.config} has no item {item!r}")
+            parser[item] = value
+        return parser
+
+
+def measure(row: Row, cohorts: list[Path], device: torch.device, batch_size: int) -> dict[str, Any]:
+    """What a method reaches on each cohort, and how long it takes."""
+    content = row.parser().get_parsed_content
+    network, weights, preprocessing = content("network_def"), content("weights"), content("preprocessing")
+    load_into(network, weights)
+    detector = network.to(device).eval().detector
+
+    def method(slices: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        seeds = network.seed * 1_000_003 + positions  # as in `VolumeDetector`
+        batches = zip(slices.split(batch_size), seeds.split(batch_size), strict=True)
+        found = [detector.detect(part.to(device), seeds=seed) for part, seed in batches]
+        return torch.cat([f.anomaly_map[:, 0].cpu() for f in found]), torch.cat([f.score.cpu() for f in found])
+
+    result = evaluate(method, preprocessing, cohorts)
+    return {"name": row.name, **result, "weights_sha256": sha256(weights), "seed": network.seed}
+
+
+def intensity_row(cohorts: list[Path], direction: Any) -> dict[str, Any]:
+    """The baseline that costs nothing."""
+
+    def method(slices: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        volume = slices.movedim(0, -1)
+        maps = intensity_threshold(volume, foreground_of(volume[None])[0], direction)[0].movedim(-1, 0)
+        return maps, torch.stack([top_mean(m[s[0] > 0]) for m, s in zip(maps, slices, strict=True)])
+
+    return {"name": f"intensity, {direction}", **evaluate(method, HeadCTPreprocessing(), cohorts)}
+
+
+def evaluate(method: Method, preprocessing: Callable[..., Any], cohorts: list[Path]) -> dict[str, Any]:
+    """The metrics, each as `mean` and `values` over the cohorts, and `seconds_per_100` images."""
+    found, seconds, count = [], 0.0, 0
+    for cohort in cohorts:
+        slices, sprites, positions = read_slices(cohort / "cohort.csv", preprocessing)
+        started = time.perf_counter()
+        maps, scores = method(slices, positions)
+        seconds, count = seconds + time.perf_counter() - started, count + len(slices)
+        found.append(latent_ddpm_sprites(maps.numpy(), sprites.numpy(), scores.double().numpy()))
+    values = {metric: [one[metric] for one in found] for metric in METRICS}
+    metrics = {metric: {"mean": float(np.mean(v)), "values": v} for metric, v in values.items()}
+    return {"metrics": metrics, "seconds_per_100": 100 * seconds / count}
+
+
+def read_slices(cohort: Path, preprocessing: Callable[..., Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Prepared slices (N, 1, H, W), sprites (N, H, W) bool, and the place of each slice in its stack (N,)."""
+    slices, sprites, positions = [], [], []
+    for item in read_cohort(cohort, cohort_modalities(cohort), "test"):
+        data = preprocessing(item)
+        image = data["image"].as_tensor().movedim(-1, 0)
+        lesion = torch.zeros_like(image[:, 0], dtype=torch.bool)
+        if "lesion" in item:
+            mask = load_lesion(str(item["lesion"]), data["brain"])
+            lesion = torch.as_tensor(Orientation("RAS", labels=None)(mask)[0]).movedim(-1, 0) > 0
+        slices.append(image)
+        sprites.append(lesion)
+        positions.append(torch.arange(len(image)))
+    return torch.cat(slices), torch.cat(sprites), torch.cat(positions)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: means with the range over the cohorts; the paper's rows below."""
+    lines = [f"| | {' | '.join(METRICS.values())} | s per 100 images |", f"|---|{'---|' * (len(METRICS) + 1)}"]
+    for result in results:
+        cells = [cell(result["metrics"][metric]["values"]) for metric in METRICS]
+        lines.append(f"| {result['name']} | {' | '.join(cells)} | {result['seconds_per_100']:.2g} |")
+    for name, numbers in PAPER.items():
+        cells = [f"{number:.3f}" for number in numbers] + ["-"] * (len(METRICS) + 1 - len(numbers))
+        lines.append(f"| paper: {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(values: list[float]) -> str:
+    """Mean (lowest-highest)."""
+    return f"{np.mean(values):.3f}" + (f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    typer.run(main)
