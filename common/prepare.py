@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from monai.transforms import SpatialResample
 from tqdm import tqdm
 
 from .batch import OK, StatusTable
-from .data.cohort import cohort_modalities, read_cohort
+from .data.cohort import cohort_modalities, read_cohort, write_cohort
 from .files import replacing
 from .report.case import save_nifti
 from .transforms.load import load_lesion
@@ -48,10 +47,7 @@ def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool
             except Exception as error:
                 failed += 1
                 table.add_error(subject, error, time.perf_counter() - started)
-    with replacing(output / "cohort.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["subject", "split", *modalities, "brain", "lesion"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_cohort(output / "cohort.csv", modalities, rows)
     return failed
 
 

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common.report.benchmark_table import cell
+
 METRICS = {
     "auprc": "AUPRC",
     "max_dice_pooled": "best Dice (oracle)",
@@ -21,12 +23,7 @@ METRICS = {
 
 def row(name: str, result: dict[str, Any]) -> str:
     """One line of the table; an undefined metric is a dash."""
-    cells = []
-    for metric in METRICS:
-        value, (low, high) = result[metric]["value"], result[metric]["ci95"]
-        interval = "" if low is None else f" ({low:.3f}-{high:.3f})"
-        cells.append("-" if value is None else f"{value:.3f}{interval}")
-    return f"| {name} | {' | '.join(cells)} |"
+    return f"| {name} | {' | '.join(cell(result[metric]) for metric in METRICS)} |"
 
 
 def main(arguments: list[str]) -> None:
@@ -36,7 +33,7 @@ def main(arguments: list[str]) -> None:
         name, path = argument.split("=", 1)
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         print(row(f"**{name}**", result))
-        for baseline, values in result["baselines"].items():
+        for baseline, values in result.get("baselines", {}).items():
             print(row(f"{name}: {baseline}", values))
 
 

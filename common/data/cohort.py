@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from ..errors import CohortError
+from ..files import replacing
 
 Split = Literal["train", "val", "test"]
 OTHER_COLUMNS = ("subject", "split", "brain", "lesion")
@@ -35,15 +36,17 @@ def read_cohort(
         split: only rows of this split.
         healthy: only healthy subjects, or only those with a lesion.
         allow_empty: return an empty datalist where nothing is left.
-    Raises CohortError where a column is missing, a subject appears twice or in two splits, or nothing is left.
+    Raises CohortError, which names row and column, where a column is missing, a subject appears twice or in two
+    splits, an image is not given, or nothing is left.
     """
     path = Path(cohort)
-    columns, rows = _read_csv(path)
+    columns, rows = read_rows(path)
     missing = [c for c in ("subject", *(["split"] if split else []), *modalities) if c not in columns]
     if missing:
         raise CohortError(path, f"no column {', '.join(missing)}", "see the README for the columns of a cohort")
-    check_subjects(path, [row["subject"] for row in rows])
-    datalist = [_item(path, row, modalities) for row in rows if split is None or row["split"] == split]
+    check_subjects(path, rows)
+    chosen = {number: row for number, row in rows.items() if split is None or row["split"] == split}
+    datalist = [_item(path, number, row, modalities) for number, row in chosen.items()]
     if healthy is not None:
         datalist = [item for item in datalist if ("lesion" not in item) is healthy]
     if not datalist and not allow_empty:
@@ -53,40 +56,66 @@ def read_cohort(
 
 def cohort_modalities(cohort: str | Path) -> list[str]:
     """The modalities of a cohort CSV: its columns beside those that every cohort has. Raises CohortError."""
-    modalities = [column for column in _read_csv(Path(cohort))[0] if column not in OTHER_COLUMNS]
+    modalities = [column for column in read_rows(Path(cohort))[0] if column not in OTHER_COLUMNS]
     if not modalities:
         raise CohortError(cohort, "no column of a modality", "name one as the bundles do: T1, T2, FLAIR, ...")
     return modalities
 
 
-def _read_csv(path: Path) -> tuple[Sequence[str], list[dict[str, str]]]:
+def read_rows(path: Path) -> tuple[Sequence[str], dict[int, dict[str, str]]]:
+    """The columns of a cohort CSV, and its rows by their number in the file, of which the header is 1.
+
+    Raises CohortError.
+    """
     if not path.is_file():
         raise CohortError(path, "no such cohort CSV", "check the path")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            return reader.fieldnames or [], list(reader)
+            return reader.fieldnames or [], dict((reader.line_num, row) for row in reader)  # noqa: C402 - after the row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CohortError(path, f"not a CSV in UTF-8 ({error})", "save it as CSV UTF-8") from error
 
 
-def check_subjects(path: Path, subjects: list[str]) -> None:
+def write_cohort(path: Path, modalities: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
+    """Write a cohort CSV; the rows have its columns, of which `brain` and `lesion` may be empty."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["subject", "split", *modalities, "brain", "lesion"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def cell_error(path: Path, row: int, column: str, fact: str, remedy: str) -> CohortError:
+    """What is wrong with a cell of a cohort CSV, said with its row (as in `read_rows`) and column."""
+    return CohortError(path, f"row {row}, column {column}: {fact}", remedy)
+
+
+def check_subjects(path: Path, rows: Mapping[int, Mapping[str, str]]) -> None:
     """Every row is another subject; a name is used in file names. Raises CohortError."""
-    twice = {s for s in subjects if subjects.count(s) > 1}
-    if twice:
-        raise CohortError(path, f"subject {sorted(twice)[0]!r} appears more than once", "give each subject one row")
-    for subject in subjects:
+    seen: dict[str, int] = {}
+    for number, row in rows.items():
+        subject = row["subject"]
         if not subject or subject == ".." or Path(subject).name != subject:
-            raise CohortError(path, f"subject {subject!r} cannot name a folder", "use letters, digits, - and _")
+            fact = f"subject {subject!r} cannot name a folder"
+            raise cell_error(path, number, "subject", fact, "use letters, digits, - and _")
+        if subject in seen:
+            first = rows[seen[subject]]
+            splits = sorted({first.get("split") or "", row.get("split") or ""})
+            where = f", in the splits {' and '.join(splits)}" if len(splits) > 1 else ""
+            fact = f"subject {subject!r} appears more than once (row {seen[subject]}{where})"
+            raise cell_error(path, number, "subject", fact, "give each subject one row")
+        seen[subject] = number
 
 
-def _item(path: Path, row: dict[str, str], modalities: Sequence[str]) -> dict[str, object]:
+def _item(path: Path, number: int, row: dict[str, str], modalities: Sequence[str]) -> dict[str, object]:
     def resolve(column: str) -> str | None:
         return str(path.parent / row[column]) if row.get(column) else None
 
     images = [resolve(modality) for modality in modalities]
     if None in images:
-        raise CohortError(path, f"subject {row['subject']!r} lacks an image", f"give all of {', '.join(modalities)}")
+        fact = f"subject {row['subject']!r} lacks an image"
+        remedy = f"give all of {', '.join(modalities)}"
+        raise cell_error(path, number, modalities[images.index(None)], fact, remedy)
     item: dict[str, object] = {"subject": row["subject"], "image": images[0] if len(images) == 1 else images}
     others = {"split": row.get("split"), "brain": resolve("brain"), "lesion": resolve("lesion")}
     return item | {column: value for column, value in others.items() if value}  # MONAI's collation takes no None

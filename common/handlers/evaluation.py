@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +23,10 @@ from ..metrics import DetectionMetrics, MeanHealthyImage, intensity_threshold
 from ..metrics.histograms import bin_index, bin_lower_edge
 from ..networks.volume import VolumeDetector
 from ..report.case import versions, volume_score
+from ..transforms.check import voxel_volume_ml
 from ..transforms.load import load_lesion
 from ..weights import load_weights, save_weights, sha256
+from .run_time import RunTime
 
 
 class Calibrate:
@@ -73,15 +76,69 @@ def exceeded_by(histogram: np.ndarray, share: float) -> float:
     return float(bin_lower_edge(np.array([np.flatnonzero(above <= share * above[0])[0]]))[0])
 
 
+@dataclass(frozen=True)
+class LabelledCase:
+    """A case as it is measured: on its own grid, turned to RAS so that slices are axial; (C, H, W, D) on the CPU."""
+
+    subject: str
+    image: Tensor  # in [0, 1], 0 outside the foreground
+    unit: Tensor  # (C, 1, 1, 1), the intensity that 1 stands for
+    brain: Tensor  # (1, H, W, D) bool
+    lesion: Tensor | None  # (H, W, D) bool
+    voxel_ml: float
+
+
+def labelled_case(batch: Mapping[str, Any]) -> LabelledCase:
+    """From what the preprocessing makes of an item of a cohort. Raises UADError where the lesion mask does not fit."""
+    unit = torch.tensor(np.asarray(batch["image"].meta["intensity_unit"], dtype=np.float32).ravel()).view(-1, 1, 1, 1)
+    brain = _ras(batch["brain"]) > 0
+    return LabelledCase(
+        subject=str(batch["subject"]),
+        image=(_ras(batch["input"]) / unit).clamp(0, 1) * brain,
+        unit=unit,
+        brain=brain,
+        lesion=_ras(load_lesion(batch["lesion"], batch["brain"]))[0] > 0 if batch.get("lesion") else None,
+        voxel_ml=voxel_volume_ml(batch["brain"]),
+    )
+
+
+class BaselineMetrics:
+    """Metrics of the baselines that cost nothing: the intensity, and the mean healthy image.
+
+    Args:
+        mean_image: fitted on healthy training subjects, or None.
+    """
+
+    def __init__(self, mean_image: MeanHealthyImage | None = None) -> None:
+        self.baselines: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "intensity_dark": lambda image, brain: intensity_threshold(image, brain, "dark"),
+            "intensity_bright": lambda image, brain: intensity_threshold(image, brain, "bright"),
+        }
+        if mean_image is not None:
+            self.baselines["mean_healthy_image"] = mean_image
+        self.metrics = {name: DetectionMetrics() for name in self.baselines}
+
+    def update(self, case: LabelledCase) -> None:
+        """Add a case."""
+        for name, baseline in self.baselines.items():
+            anomaly_map = baseline(case.image, case.brain)[0]
+            self.metrics[name].update(case.subject, anomaly_map, case.lesion, case.brain[0], voxel_ml=case.voxel_ml)
+
+    def compute(self, seed: int) -> dict[str, dict[str, Any]]:
+        """The metrics of each baseline."""
+        return {name: metrics.compute(seed) for name, metrics in self.metrics.items()}
+
+
 class Evaluate:
-    """Metrics of DESIGN section 7 of the method and of the baselines that cost nothing, written as result.json.
+    """Metrics of a method, and of the baselines that cost nothing, on a labelled cohort, written as result.json.
 
     Args:
         network: for the threshold and the seed.
         weights: its file, for the digest.
-        bundle: name and version.
+        bundle: its key.
         result: path of the JSON.
         mean_image: fitted on healthy training subjects, or None.
+        baselines: whether to measure them.
     """
 
     def __init__(
@@ -91,44 +148,39 @@ class Evaluate:
         bundle: str,
         result: str,
         mean_image: MeanHealthyImage | None = None,
+        baselines: bool = True,
     ) -> None:
         self.network = network
         self.weights = weights
         self.bundle = bundle
         self.result = Path(result)
         self.metrics = DetectionMetrics()
-        self.baselines: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "intensity_dark": lambda image, brain: intensity_threshold(image, brain, "dark"),
-            "intensity_bright": lambda image, brain: intensity_threshold(image, brain, "bright"),
-        }
-        if mean_image is not None:
-            self.baselines["mean_healthy_image"] = mean_image
-        self.baseline_metrics = {name: DetectionMetrics() for name in self.baselines}
+        self.baselines = BaselineMetrics(mean_image) if baselines else None
+        self.run_time = RunTime(network.axis)
 
     def attach(self, engine: Engine) -> None:
         """Add the handler to an evaluator of a labelled cohort."""
+        self.run_time.attach(engine)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def __call__(self, engine: Engine) -> None:
-        """Add the subjects of the batch, on their own grid, with axial slices."""
+        """Add the subjects of the batch."""
         for batch, output in cases(engine):
-            unit = torch.tensor(np.asarray(batch["image"].meta["intensity_unit"], dtype=np.float32).ravel())
-            unit = unit.view(-1, 1, 1, 1)
-            brain = _ras(batch["brain"]) > 0
-            image = (_ras(batch["input"]) / unit).clamp(0, 1) * brain
-            lesion = _ras(load_lesion(batch["lesion"], batch["brain"]))[0] > 0 if batch.get("lesion") else None
+            case = labelled_case(batch)
             self.metrics.update(
-                batch["subject"],
+                case.subject,
                 _ras(output["anomaly_map"])[0],
-                lesion,
-                brain[0],
+                case.lesion,
+                case.brain[0],
                 threshold=self.network.calibration.threshold.item(),
-                image=image,
-                reconstruction=_ras(output["reconstruction"]) / unit,
+                image=case.image,
+                reconstruction=_ras(output["reconstruction"]) / case.unit,
+                segmentation=_ras(output["segmentation"])[0],
+                voxel_ml=case.voxel_ml,
             )
-            for name, baseline in self.baselines.items():
-                self.baseline_metrics[name].update(batch["subject"], baseline(image, brain)[0], lesion, brain[0])
+            if self.baselines is not None:
+                self.baselines.update(case)
 
     def finish(self, engine: Engine) -> None:
         """Compute, and write the result."""
@@ -136,14 +188,20 @@ class Evaluate:
         result = {
             "bundle": self.bundle,
             **self.metrics.compute(seed),
-            "baselines": {name: metrics.compute(seed) for name, metrics in self.baseline_metrics.items()},
+            **({} if self.baselines is None else {"baselines": self.baselines.compute(seed)}),
             "threshold": self.network.calibration.threshold.item(),
+            "run_time": self.run_time.result(),
             "weights_sha256": sha256(self.weights),
             "seed": seed,
             "versions": versions(),
         }
-        with replacing(self.result) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_result(result, self.result)
+
+
+def write_result(result: Mapping[str, Any], path: Path) -> None:
+    """Write a result as JSON, an undefined number as null."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _ras(volume: MetaTensor) -> Tensor:

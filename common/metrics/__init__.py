@@ -3,7 +3,8 @@
 from .baselines import MeanHealthyImage, intensity_threshold
 from .detection import DetectionMetrics
 from .histograms import auroc, average_precision, max_dice
-from .protocols import auto_ddpm_max_dice, global_max_dice, mad_ad_max_dice
+from .masked_bernoulli import masked_bernoulli_metrics
+from .protocols import auto_ddpm_max_dice, global_max_dice, latent_ddpm_sprites, mad_ad_max_dice
 from .reconstruction import psnr_outside_lesions, ssim_outside_lesions
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "average_precision",
     "global_max_dice",
     "intensity_threshold",
+    "latent_ddpm_sprites",
     "mad_ad_max_dice",
+    "masked_bernoulli_metrics",
     "max_dice",
     "psnr_outside_lesions",
     "ssim_outside_lesions",

@@ -7,16 +7,18 @@ draws give the resamples, so that a value and its interval come from the same li
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .histograms import auroc, average_precision, bin_lower_edge, dice_curve, exact_histograms
+from .lesions import N_SIZES, SIZE_BOUNDS_ML
 from .subject_record import SubjectRecord
 
 Replicates = dict[str, NDArray[np.float64]]  # metric -> (B,), one value per row of the weights
+PAIRED = ("auprc", "dice_at_threshold")  # metrics whose replicates are kept, to compare methods on the same resamples
 _CHUNK = 2**21  # replicates x bins held at once, 16 MB per array
 
 
@@ -31,6 +33,8 @@ class _Statistic(NamedTuple):
 def metrics_with_intervals(records: Sequence[SubjectRecord], seed: int, n_bootstrap: int) -> dict[str, Any]:
     """All metrics as `{"value": ..., "ci95": [low, high]}` and, a plain number, `oracle_threshold`; None if undefined.
 
+    `lesion_sizes` has such metrics for each group of lesions, `replicates` the values of `PAIRED` in each resample.
+
     The intervals are the 2.5th and 97.5th percentile over resamples of the subjects with replacement.
     """
     n = len(records)
@@ -44,11 +48,25 @@ def metrics_with_intervals(records: Sequence[SubjectRecord], seed: int, n_bootst
         _mean_over_subjects("psnr", np.array([r.psnr for r in records])),
         _mean_over_subjects("ssim", np.array([r.ssim for r in records])),
         _lesion_shares(records),
+        _lesion_wise(records),
+        _healthy_false_lesions(records),
     )
-    result: dict[str, Any] = {"oracle_threshold": oracle_threshold}
+    result: dict[str, Any] = {"oracle_threshold": oracle_threshold, "replicates": {}}
     for statistic in statistics:
-        result |= _with_interval(statistic, resamples)
-    return result
+        values, replicates = _values_and_replicates(statistic, resamples)
+        result |= {name: _with_interval(values[name], replicates[name]) for name in values}
+        result["replicates"] |= {name: [_defined(x) for x in replicates[name]] for name in PAIRED if name in values}
+    return result | {"lesion_sizes": _lesion_sizes(records, resamples)}
+
+
+def paired_difference(result: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """A metric of one result minus that of another, `{"value", "ci95"}`, from the same resamples of the same subjects.
+
+    The results are those of `DetectionMetrics.compute`, with one seed; the metric is one of `PAIRED`.
+    """
+    values = [np.nan if r[metric]["value"] is None else r[metric]["value"] for r in (result, other)]
+    replicates = [np.array(r["replicates"][metric], dtype=float) for r in (result, other)]  # None becomes NaN
+    return _with_interval(values[0] - values[1], replicates[0] - replicates[1])
 
 
 def _voxels(records: Sequence[SubjectRecord]) -> tuple[_Statistic, float | None]:
@@ -133,6 +151,57 @@ def _lesion_shares(records: Sequence[SubjectRecord]) -> _Statistic:
     return _Statistic(metrics, lesion)
 
 
+def _lesion_wise(records: Sequence[SubjectRecord]) -> _Statistic:
+    used = np.array([r.has_lesion and r.at_threshold is not None for r in records])
+    counts = [(r.lesions.lesions.sum(), r.lesions.found.sum(), r.lesions.paired) for r in records]
+    lesions, found, paired = np.array(counts, dtype=float).T * used
+    predicted, true = np.array([(r.lesions.predicted, r.lesions.predicted_true) for r in records], dtype=float).T * used
+
+    def metrics(w: NDArray[np.float64]) -> Replicates:
+        n_lesions, n_predicted = w @ lesions, w @ predicted
+        recall, precision = _ratio(w @ found, n_lesions), _ratio(w @ true, n_predicted)
+        harmonic = np.where(w @ found > 0, _ratio(2 * precision * recall, precision + recall), 0)
+        return {
+            "lesion_recall": recall,
+            "lesion_precision": precision,
+            "lesion_f1": np.where(n_lesions > 0, harmonic, np.nan),
+            "lesion_recall_iou": _ratio(w @ paired, n_lesions),
+            "lesion_precision_iou": _ratio(w @ paired, n_predicted),
+            "lesion_f1_iou": np.where(n_lesions > 0, _ratio(2 * (w @ paired), n_lesions + n_predicted), np.nan),
+        }
+
+    return _Statistic(metrics, used)
+
+
+def _lesion_sizes(records: Sequence[SubjectRecord], resamples: NDArray[np.float64]) -> list[dict[str, Any]]:
+    bounds = [0.0, *SIZE_BOUNDS_ML, None]
+    used = np.array([r.at_threshold is not None for r in records])
+    groups = []
+    for size in range(N_SIZES):
+        n_lesions, found, voxels, voxels_found = np.array(
+            [
+                [c[size] for c in (r.lesions.lesions, r.lesions.found, r.lesions.voxels, r.lesions.voxels_found)]
+                for r in records
+            ],
+            dtype=float,
+        ).T
+        ratios = {"lesion_recall": (found, n_lesions * used), "voxel_recall": (voxels_found, voxels * used)}
+
+        def metrics(w: NDArray[np.float64], ratios: Mapping[str, tuple[Any, Any]] = ratios) -> Replicates:
+            return {name: _ratio(w @ numerator, w @ denominator) for name, (numerator, denominator) in ratios.items()}
+
+        values, replicates = _values_and_replicates(_Statistic(metrics, used & (n_lesions > 0)), resamples)
+        recalls = {name: _with_interval(values[name], replicates[name]) for name in values}
+        groups.append({"ml": bounds[size : size + 2], "n_lesions": int(n_lesions.sum()), **recalls})
+    return groups
+
+
+def _healthy_false_lesions(records: Sequence[SubjectRecord]) -> _Statistic:
+    used = np.array([not r.has_lesion and r.at_threshold is not None for r in records])
+    predicted = np.array([r.lesions.predicted for r in records]) * used
+    return _Statistic(lambda w: {"healthy_false_lesions": _ratio(w @ predicted, w @ used.astype(float))}, used)
+
+
 def _mean_over_subjects(name: str, values: NDArray[np.float64]) -> _Statistic:
     known = np.isfinite(values)
     return _Statistic(lambda w: {name: _ratio(w[:, known] @ values[known], w[:, known].sum(1))}, known)
@@ -148,21 +217,23 @@ def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> 
     return np.divide(numerator, denominator, out=np.full(np.shape(denominator), np.nan), where=denominator > 0)
 
 
-def _with_interval(statistic: _Statistic, resamples: NDArray[np.float64]) -> dict[str, dict[str, Any]]:
-    values = statistic.function(np.ones((1, resamples.shape[1])))
-    replicates: list[Replicates] = []
-    if statistic.subjects.sum() >= 2:  # one subject says nothing about the spread between subjects
-        step = max(1, _CHUNK // statistic.n_bins)
-        replicates = [statistic.function(resamples[start : start + step]) for start in range(0, len(resamples), step)]
-    return {
-        name: {
-            "value": float(value[0]) if math.isfinite(value[0]) else None,
-            "ci95": _percentiles(np.concatenate([[], *(r[name] for r in replicates)])),
-        }
-        for name, value in values.items()
-    }
+def _values_and_replicates(
+    statistic: _Statistic, resamples: NDArray[np.float64]
+) -> tuple[dict[str, float], Replicates]:
+    """The metrics of all subjects, and in each resample; none where they rest on fewer than two subjects."""
+    values = {name: float(v[0]) for name, v in statistic.function(np.ones((1, resamples.shape[1]))).items()}
+    if statistic.subjects.sum() < 2:  # one subject says nothing about the spread between subjects
+        return values, {name: np.empty(0) for name in values}
+    step = max(1, _CHUNK // statistic.n_bins)
+    parts = [statistic.function(resamples[start : start + step]) for start in range(0, len(resamples), step)]
+    return values, {name: np.concatenate([part[name] for part in parts]) for name in values}
 
 
-def _percentiles(replicates: NDArray[np.float64]) -> list[float | None]:
+def _with_interval(value: float, replicates: NDArray[np.float64]) -> dict[str, Any]:
     defined = replicates[np.isfinite(replicates)]  # a resample may hold no lesion
-    return [float(x) for x in np.percentile(defined, [2.5, 97.5])] if len(defined) else [None, None]
+    low_high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (np.nan, np.nan)
+    return {"value": _defined(value), "ci95": [_defined(x) for x in low_high]}
+
+
+def _defined(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

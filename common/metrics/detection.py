@@ -11,6 +11,8 @@ from monai.utils import convert_to_numpy
 from numpy.typing import NDArray
 
 from .bootstrap import metrics_with_intervals
+from .curves import all_slice_scores, pooled_curves
+from .lesions import compare_lesions
 from .reconstruction import psnr_outside_lesions, ssim_outside_lesions
 from .subject_record import SubjectRecord, highest_share_means, voxel_histograms
 
@@ -43,6 +45,8 @@ class DetectionMetrics:
         slice_scores: NdarrayOrTensor | None = None,
         image: NdarrayOrTensor | None = None,
         reconstruction: NdarrayOrTensor | None = None,
+        segmentation: NdarrayOrTensor | None = None,
+        voxel_ml: float = 0.001,
     ) -> None:
         """Add one subject, on its own grid.
 
@@ -54,6 +58,9 @@ class DetectionMetrics:
             slice_scores: (D,) the method's own score of every slice along `axis`, of any scale; the default is the
                 mean of the highest 1 % of the slice's foreground voxels. Slices without foreground are ignored.
             image, reconstruction: ([C,] H, W, D) float in [0, 1], for PSNR and SSIM; both or none.
+            segmentation: (H, W, D) bool, whose components are compared with the lesions; needs a threshold, and by
+                default it is map > threshold.
+            voxel_ml: volume of a voxel; the default is 1 mm3.
 
         Raises:
             ValueError: a subject twice, shapes that differ, an empty foreground, a map or scores that are not finite,
@@ -71,6 +78,11 @@ class DetectionMetrics:
             np.zeros_like(inside) if lesion is None else self._slices_first(subject, "lesion", lesion, shape) > 0
         )
         lesions = everywhere & inside
+        predicted = (scores > threshold) & inside if threshold is not None else np.zeros_like(inside)
+        if segmentation is not None and threshold is not None:
+            segmented = (self._slices_first(subject, "segmentation", segmentation, shape) > 0) & inside
+        else:
+            segmented = predicted
         has_foreground, has_lesion = np.any(inside, axis=(1, 2)), np.any(lesions, axis=(1, 2))
         bins, pos, neg, dice_sum = voxel_histograms(scores, lesions, inside) if everywhere.any() else _NO_HISTOGRAMS
         psnr, ssim = self._fidelity(subject, image, reconstruction, everywhere, inside)
@@ -80,9 +92,11 @@ class DetectionMetrics:
             lesion_voxels_outside=int(everywhere.sum() - lesions.sum()),
             foreground_voxels=int(inside.sum()),
             n_lesion_slices=int(has_lesion.sum()),
+            slices=np.flatnonzero(has_foreground),
             slice_scores=_slice_scores(subject, slice_scores, scores, inside)[has_foreground],
             slice_labels=has_lesion[has_foreground],
-            at_threshold=None if threshold is None else _at_threshold(scores > threshold, lesions, inside),
+            at_threshold=None if threshold is None else (int((predicted & lesions).sum()), int(predicted.sum())),
+            lesions=compare_lesions(lesions, segmented, voxel_ml),
             bins=bins,
             pos=pos,
             neg=neg,
@@ -105,22 +119,35 @@ class DetectionMetrics:
         dice_at_threshold: pooled Dice at the shipped threshold, chosen without labels.
         image_auroc, image_auprc: slices; abnormal = holds lesion voxels.
         healthy_fp_share: share of the healthy subjects' foreground voxels above the shipped threshold.
+        lesion_recall, lesion_precision, lesion_f1: lesion-wise, by any overlap; with `_iou`, paired one to one by IoU
+            (see `common.metrics.lesions`). Of the subjects that have a lesion.
+        healthy_false_lesions: components of the segmentation in a healthy subject, on average.
+        lesion_sizes: for each group of lesions by volume (`ml`: more than the first, at most the second number; None:
+            no bound) `n_lesions`, `lesion_recall` (any overlap) and `voxel_recall` at the shipped threshold.
         psnr (dB), ssim: mean over subjects, of the reconstruction in the foreground outside lesions, data range 1.
         lesion_share: prevalence of lesion voxels, the AUPRC of a map without information.
         lesion_share_outside_foreground: share of the lesion voxels that the foreground misses; no other metric
             counts them.
-        n_subjects, n_lesion_subjects, n_lesion_slices: plain integers.
+        n_subjects, n_lesion_subjects, n_lesion_slices, n_lesions: plain integers.
+        curves: `threshold`, `precision`, `recall`, `dice` of the pooled voxels where map >= threshold, some 200 points.
+        slice_scores: `subject`, `slice` (its index), `score`, `abnormal` of every slice with foreground.
+        replicates: AUPRC and Dice at the threshold in each resample, for differences between methods that were
+            measured on the same subjects with the same seed.
 
         Raises:
             ValueError: no subject was added.
         """
         if not self._records:
             raise ValueError("nothing to evaluate: no subject was added")
-        records = [self._records[subject] for subject in sorted(self._records)]
+        subjects = sorted(self._records)
+        records = [self._records[subject] for subject in subjects]
         return metrics_with_intervals(records, seed, n_bootstrap) | {
             "n_subjects": len(records),
             "n_lesion_subjects": sum(r.has_lesion for r in records),
             "n_lesion_slices": sum(r.n_lesion_slices for r in records),
+            "n_lesions": int(sum(r.lesions.lesions.sum() for r in records)),
+            "curves": pooled_curves(records),
+            "slice_scores": all_slice_scores(subjects, records),
         }
 
     def _slices_first(self, subject: str, name: str, volume: NdarrayOrTensor, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -173,9 +200,3 @@ def _slice_scores(
             f"{subject}: slice_scores {own.shape} must be one finite number for each of {len(inside)} slices"
         )
     return own
-
-
-def _at_threshold(
-    predicted: NDArray[np.bool_], lesions: NDArray[np.bool_], inside: NDArray[np.bool_]
-) -> tuple[int, int]:
-    return int((predicted & lesions).sum()), int((predicted & inside).sum())

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .histograms import bin_index, dice_curve
+from .lesions import LesionRecord
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,11 @@ class SubjectRecord:
     lesion_voxels_outside: int
     foreground_voxels: int
     n_lesion_slices: int
-    slice_scores: NDArray[np.float64]  # (N,), of the slices that hold foreground
+    slices: NDArray[np.int64]  # (N,), of the volume, those that hold foreground
+    slice_scores: NDArray[np.float64]  # (N,)
     slice_labels: NDArray[np.bool_]  # (N,), whether they hold lesion
     at_threshold: tuple[int, int] | None  # true positive and all predicted voxels; None without a threshold
+    lesions: LesionRecord  # without a threshold, that of an empty segmentation
     # the map's histograms, occupied bins only, (K,) each; of subjects with a lesion, K = 0 for the healthy
     bins: NDArray[np.int32]
     pos: NDArray[np.int64]

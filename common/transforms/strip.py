@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,6 +49,13 @@ BRAIN_ML = (600.0, 2300.0)
 MIN_INFORMATION = 0.12
 
 NO_ATLAS = "give a mask with --brain-mask, or skull-strip it first (HD-BET, SynthStrip, ...)"
+
+
+class Strip(StrEnum):
+    """How to find the brain in a scan of a head."""
+
+    ATLAS = "atlas"
+    HD_BET = "hd-bet"
 
 
 def atlas_brain_mask(image: MetaTensor) -> MetaTensor:

@@ -80,7 +80,7 @@ def test_spreadsheets_of_all_kinds(tmp_path, encoding, newline):
         (COHORT, {"split": "validation"}, "no row with split=validation"),
         (COHORT, {"split": "train", "healthy": False}, "no row with split=train, healthy=False"),
         (COHORT.replace("sub-04", "sub-01"), {}, "'sub-01' appears more than once"),
-        (COHORT, {"modalities": ["T1", "T2"]}, "'sub-03' lacks an image"),
+        (COHORT, {"modalities": ["T1", "T2"]}, "row 4, column T2: subject 'sub-03' lacks an image"),
         ("subject,split,T1\ns1,train\n", {}, "'s1' lacks an image"),
         ("subject,split,T1\n,train,1.nii\n", {}, "'' cannot name a folder"),
         ("subject,split,T1\n../s1,train,1.nii\n", {}, "cannot name a folder"),
@@ -94,8 +94,9 @@ def test_bad_cohorts_are_refused_with_the_reason(tmp_path, text, arguments, mess
 
 
 def test_subject_in_two_splits_is_refused(tmp_path):
-    text = "subject,split,T1\ns1,train,1.nii\ns1,test,2.nii\n"
-    with pytest.raises(CohortError, match="more than once"):
+    text = "subject,split,T1\ns1,train,1.nii\n\ns1,test,2.nii\n"
+    expected = r"row 4, column subject: .*'s1' appears more than once \(row 2, in the splits test and train\)"
+    with pytest.raises(CohortError, match=expected):
         read_cohort(write(tmp_path, text), ["T1"], split="train")
 
 
@@ -120,12 +121,12 @@ def test_cohort_that_is_no_utf8_is_refused(tmp_path, content):
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "a/b", "/a", "a/", "../a"])
 def test_names_that_leave_the_folder_are_refused(name):
     with pytest.raises(CohortError, match="cannot name a folder"):
-        check_subjects(Path("cohort.csv"), ["ok", name])
+        check_subjects(Path("cohort.csv"), {2: {"subject": "ok"}, 3: {"subject": name}})
 
 
 @pytest.mark.parametrize("name", ["sub-01", "IXI012-HH-1211-T1", "a.b", "..a", "Jürgen 2"])
 def test_names_that_are_allowed(name):
-    check_subjects(Path("cohort.csv"), [name, "other"])
+    check_subjects(Path("cohort.csv"), {2: {"subject": name}, 3: {"subject": "other"}})
 
 
 def test_nothing_left_may_be_allowed(tmp_path):

@@ -1,0 +1,16 @@
+"""Labelled test cohorts from folders of public images: a module and a line here for each kind.
+
+Each is a function with the options of its command, `uad cohort KIND DATA_DIR -o DIR`, that writes DIR/cohort.csv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .ixi_lesions import make_ixi_lesions
+from .patients import make_patients
+
+KINDS: dict[str, Callable[..., None]] = {
+    "ixi-lesions": make_ixi_lesions,
+    "patients": make_patients,
+}

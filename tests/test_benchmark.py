@@ -1,0 +1,163 @@
+"""All methods on one cohort: what is written, what is not done twice, and what one failure leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from common import benchmark
+from common.bundle import BUNDLES_DIR, available_bundles, metadata
+from common.cli import app
+from common.errors import BundleError, CohortError
+from common.report.benchmark_table import cell, size_label
+from common.weights import sha256
+
+METHOD = "vae"
+BASELINES = {"intensity_dark_T1", "intensity_bright_T1", "mean_healthy_image_T1"}
+
+
+@pytest.fixture(scope="module")
+def measured(cohort, tmp_path_factory):
+    """The folder of a benchmark of one method."""
+    output = tmp_path_factory.mktemp("benchmark") / "results"
+    done = CliRunner().invoke(app, ["benchmark", str(cohort), "-o", str(output), "-m", METHOD, "--seed", "3"])
+    assert done.exit_code == 0, done.output
+    return output
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_files_of_a_benchmark(measured):
+    names = {str(path.relative_to(measured)) for path in measured.rglob("*") if path.is_file()}
+    assert names == {f"{key}/result.json" for key in {METHOD, *BASELINES}} | {
+        "benchmark.json",
+        "benchmark.csv",
+        "benchmark.md",
+    }
+
+
+def test_result_of_a_method(measured):
+    result = read(measured / METHOD / "result.json")
+    assert (result["key"], result["kind"], result["seed"]) == (METHOD, "method", 3)
+    assert result["weights_sha256"] == sha256(BUNDLES_DIR / METHOD / "models" / "model.pt")
+    assert "baselines" not in result
+    assert len(result["replicates"]["auprc"]) in (0, 1000)
+    assert result["n_lesions"] == 1
+    assert 0 <= result["lesion_recall"]["value"] <= 1
+    time = result["run_time"]
+    assert time["seconds_per_volume"] > time["network_seconds_per_slice"] > 0
+    assert 0 < time["slices_per_volume"] <= 12
+    assert time["peak_memory_mb"] is None or time["peak_memory_mb"] > 100
+
+
+def test_what_a_report_draws(measured):
+    for key in (METHOD, *BASELINES):
+        result = read(measured / key / "result.json")
+        assert set(result["curves"]) == {"threshold", "precision", "recall", "dice"}
+        assert set(result["slice_scores"]) == {"subject", "slice", "score", "abnormal"}
+        assert len({len(values) for values in result["slice_scores"].values()}) == 1
+        assert set(result["slice_scores"]["subject"]) == {"c", "d"}
+
+
+def test_tables_hold_every_method_best_first(measured):
+    table = read(measured / "benchmark.json")
+    assert {method["key"] for method in table["methods"]} == {METHOD, *BASELINES}
+    values = [method["auprc"]["value"] for method in table["methods"]]
+    assert values == sorted(values, reverse=True)
+    assert not set(benchmark.LONG) & set(table["methods"][0])
+    best, *others = table["methods"]
+    assert "auprc" not in best["difference_to_best"]
+    for other in others:
+        difference = other["difference_to_best"]["auprc"]
+        assert difference["best"] == best["key"]
+        assert difference["value"] == pytest.approx(other["auprc"]["value"] - best["auprc"]["value"])
+    with (measured / "benchmark.csv").open(newline="", encoding="utf-8") as file:
+        rows = {(row["method"], row["metric"]): row["value"] for row in csv.DictReader(file)}
+    for method in table["methods"]:
+        assert float(rows[method["key"], "auprc"]) == method["auprc"]["value"]
+    text = (measured / "benchmark.md").read_text(encoding="utf-8")
+    assert all(f"| {method['key']} | {cell(method['auprc'])} |" in text for method in table["methods"])
+
+
+def test_finished_methods_are_not_run_again(measured, cohort, monkeypatch):
+    def not_again(*_):
+        raise AssertionError("was run again")
+
+    before = (measured / "benchmark.md").read_bytes()
+    monkeypatch.setattr(benchmark, "evaluate_apart", not_again)
+    monkeypatch.setattr(benchmark, "run_baselines", not_again)
+    assert benchmark.run_benchmark(cohort, measured, [METHOD], seed=3, options={"device": "auto"}) == 0
+    assert (measured / "benchmark.md").read_bytes() == before
+    for other in ({"seed": 4}, {"seed": 3, "options": {"strip": "atlas"}}):
+        with pytest.raises(AssertionError, match="run again"):
+            benchmark.run_benchmark(cohort, measured, [METHOD], **other)
+
+
+def test_images_that_change_are_measured_again(cohort, tmp_path):
+    for path in cohort.parent.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy = tmp_path / cohort.name
+    digest = benchmark.cohort_digest(cohort, ["T1"])
+    assert benchmark.cohort_digest(copy, ["T1"]) == digest
+    lesion = tmp_path / "d_lesion.nii.gz"
+    lesion.write_bytes(lesion.read_bytes() + b" ")
+    assert benchmark.cohort_digest(copy, ["T1"]) != digest
+
+
+def test_a_method_that_fails_stops_no_other(measured, cohort, monkeypatch, capsys):
+    def fails(key, *_):
+        raise benchmark.MethodFailedError(f"{key} is broken")
+
+    monkeypatch.setattr(benchmark, "evaluate_apart", fails)
+    other = next(key for key in available_bundles() if metadata(key)["modalities"] == ["T1"] and key < METHOD)
+    monkeypatch.setattr(benchmark, "run_baselines", lambda *_: {})
+    before = (measured / "benchmark.json").read_bytes()
+    assert benchmark.run_benchmark(cohort, measured, [other, METHOD], seed=3) == 1
+    table = read(measured / "benchmark.json")
+    assert table["failed"] == {other: f"{other} is broken"}
+    assert METHOD in {method["key"] for method in table["methods"]}
+    assert f"{other} is broken" in (measured / "benchmark.md").read_text(encoding="utf-8")
+    (measured / "benchmark.json").write_bytes(before)
+
+
+def test_evaluation_that_breaks_is_said_in_one_line(cohort, tmp_path):
+    identity = {"seed": 0}
+    with pytest.raises(benchmark.MethodFailedError, match=r"CohortError: .*no such cohort CSV"):
+        benchmark.evaluate_apart(METHOD, cohort.with_name("none.csv"), tmp_path / METHOD, identity, {"device": "cpu"})
+    assert not list((tmp_path / METHOD).iterdir())
+
+
+def test_bundles_are_chosen_by_the_columns(cohort, tmp_path):
+    of_t1 = [key for key in available_bundles() if metadata(key)["modalities"] == ["T1"]]
+    assert benchmark.fitting_bundles(cohort) == of_t1
+    other = tmp_path / "cohort.csv"
+    other.write_text("subject,split,PET,lesion\ns,test,s.nii,\n", encoding="utf-8")
+    with pytest.raises(CohortError, match="no bundle works on PET"):
+        benchmark.fitting_bundles(other)
+    with pytest.raises(CohortError, match=f"no column T1, which {METHOD} needs"):
+        benchmark.fitting_bundles(other, [METHOD])
+    with pytest.raises(BundleError, match="no such bundle"):
+        benchmark.fitting_bundles(cohort, ["nonsense"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "text"),
+    [
+        ({"value": 0.25, "ci95": [0.2, 0.3]}, "0.250 (0.200-0.300)"),
+        ({"value": -0.25, "ci95": [-0.3, -0.2]}, "-0.250 (-0.300 to -0.200)"),
+        ({"value": 0.25, "ci95": [None, None]}, "0.250"),
+        ({"value": None, "ci95": [None, None]}, "-"),
+    ],
+)
+def test_cells(metric, text):
+    assert cell(metric) == text
+
+
+def test_labels_of_sizes():
+    labels = [size_label(bounds) for bounds in ([0.0, 0.1], [0.1, 1.0], [1.0, 10.0], [10.0, None])]
+    assert labels == ["< 0.1 ml", "0.1-1 ml", "1-10 ml", "> 10 ml"]
