@@ -138,6 +138,7 @@ class SaveDetections:
             inputs = {key: batch[f"{key}_sha256"] for key in INPUTS if f"{key}_sha256" in batch}
             run = {
                 **self._identity(inputs, batch.get("series")),
+                "image": str(Path(source_name(batch["input"])).absolute()),  # for the report, which shows the scan
                 "brain_mask": batch["brain_source"],
                 "device": str(engine.state.device),  # type: ignore[attr-defined]
                 "seconds": round(time.perf_counter() - self._started, 3),

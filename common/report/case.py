@@ -17,6 +17,7 @@ import torch
 from monai.data import MetaTensor
 from scipy import ndimage
 
+from .. import __version__
 from ..calibration import Calibration
 from ..data.dicom import Series
 from ..methods.base import top_mean
@@ -49,7 +50,7 @@ class Case:
 
 def versions() -> dict[str, str]:
     """What a result was made with: this project and the packages that numbers depend on."""
-    return {name: version(name) for name in ("uad-bundles", "torch", "monai", "numpy", "nibabel")}
+    return {"uad-bundles": __version__} | {name: version(name) for name in ("torch", "monai", "numpy", "nibabel")}
 
 
 def volume_score(anomaly_map: torch.Tensor, brain: torch.Tensor) -> float:
