@@ -18,10 +18,16 @@ BUNDLES_DIR = Path(__file__).resolve().parent.parent / "bundles"
 def bundle_root(name: str) -> str:
     """The folder of a bundle, from wherever one of its configs is run.
 
-    Looks at the working directory, its parent and `sys.path` (where `monai.bundle run` puts the folder of the config it
-    was given), then at this repository. Raises BundleError.
+    Looks at the bundle that this package was exported into, at the working directory, its parent and `sys.path` (where
+    `monai.bundle run` puts the folder of the config it was given), then at this repository. Raises BundleError.
     """
-    candidates = [Path.cwd(), Path.cwd().parent, *map(Path, sys.path), BUNDLES_DIR / name]
+    candidates = [
+        Path(__file__).resolve().parents[2],
+        Path.cwd(),
+        Path.cwd().parent,
+        *map(Path, sys.path),
+        BUNDLES_DIR / name,
+    ]
     for folder in candidates:
         if _is_bundle(folder, name):
             return str(folder.resolve())

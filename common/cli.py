@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -15,8 +16,11 @@ from typing import Annotated, Any
 
 import typer
 
+from .archive import import_bundle
 from .batch import detect_cases
+from .benchmark import run_benchmark
 from .bundle import (
+    BUNDLES_DIR,
     available_bundles,
     describe_bundle,
     load_workflow,
@@ -24,12 +28,20 @@ from .bundle import (
     run_inference,
     run_training,
 )
+from .cohorts import KINDS
 from .data.cases import find_cases
 from .errors import UADError
+from .export import export_bundle, export_onnx, export_torchscript
 from .prepare import prepare_cohort
+from .report.html import write_report
 from .transforms.check import typed_errors
+from .transforms.strip import Strip
+from .weights import sha256
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+cohorts = typer.Typer(no_args_is_help=True)
+app.add_typer(cohorts, name="cohort", help="Build a labelled test cohort from a folder of public images.")
 
 FAILED = 3
 
@@ -41,11 +53,19 @@ class Format(StrEnum):
     DICOM_SEG = "dicom-seg"
 
 
-class Strip(StrEnum):
-    """How to find the brain in a scan of a head."""
+class ExportFormat(StrEnum):
+    """What `export` writes."""
 
-    ATLAS = "atlas"
-    HD_BET = "hd-bet"
+    BUNDLE = "bundle"
+    TORCHSCRIPT = "torchscript"
+    ONNX = "onnx"
+
+
+EXPORTS = {
+    ExportFormat.BUNDLE: export_bundle,
+    ExportFormat.TORCHSCRIPT: export_torchscript,
+    ExportFormat.ONNX: export_onnx,
+}
 
 
 def _known(method: str) -> str:
@@ -168,12 +188,85 @@ def evaluate(
     seed: Seed = 0,
     device: Device = "auto",
     weights: Weights = None,
+    baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure these too.")] = True,
 ) -> None:
     """Measure a method on the test subjects of a labelled cohort, beside the baselines that cost nothing."""
     with _one_line_errors():
         override = _override(seed, device, weights, strip, register)
+        if not baselines:
+            override |= {"handlers::1::baselines": False, "handlers::1::mean_image": None}
         paths = {"cohort": str(cohort.resolve()), "result": str(output.resolve())}
         run_inference(method, ["inference.json", "evaluate.json"], **paths, **override)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="What detect or benchmark wrote, or the folder of one case.")],
+    scan: Annotated[Path | None, typer.Option(help="The scan of the case, if it is no longer where it was.")] = None,
+) -> None:
+    """Write FOLDER/report.html: pictures, tables and a viewer in one file that opens without a network."""
+    with _one_line_errors():
+        print(write_report(folder, scan))
+
+
+@app.command()
+def benchmark(
+    cohort: Cohort,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results and the tables.")],
+    method: Annotated[
+        list[str] | None, typer.Option("-m", "--method", help="May be repeated. Default: all that fit.")
+    ] = None,
+    strip: StripHow = None,
+    register: Register = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    no_healthy: Annotated[
+        bool, typer.Option("--no-healthy", help="Accept a cohort without healthy test subjects.")
+    ] = False,
+) -> None:
+    """Measure every bundle that fits the modalities of a labelled cohort, and the baselines: one table. Resumable."""
+    with _one_line_errors():
+        options = {"device": device, "strip": strip and strip.value, "register": register}
+        given = {name: value for name, value in options.items() if value is not None}
+        failed = run_benchmark(cohort, output, [_known(key) for key in method or ()], seed, not no_healthy, given)
+    print(f"{output / 'benchmark.md'}: the tables")
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _in_one_line(make: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(make)
+    def command(**options: Any) -> None:
+        with _one_line_errors(), typed_errors():
+            make(**options)
+        print(f"{options['output'] / 'cohort.csv'}: the cohort")
+
+    return command
+
+
+@app.command()
+def export(
+    method: Annotated[str, typer.Argument(help=f"One of {', '.join(available_bundles())}.", callback=_known)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the bundle, and for its zip archive.")],
+    output_format: Annotated[
+        ExportFormat,
+        typer.Option("--format", help="torchscript, onnx: the network on slices alone, if it is one pass."),
+    ] = ExportFormat.BUNDLE,
+) -> None:
+    """Write a bundle that runs without this repository: for MONAI's tools, and for machines with nothing but MONAI."""
+    with _one_line_errors():
+        path = EXPORTS[output_format](method, output)
+    print(f"{path}: sha256 {sha256(path)}")
+
+
+@app.command("import")
+def import_(
+    path: Annotated[Path, typer.Argument(help="What export wrote: the zip archive, or the folder.")],
+) -> None:
+    """Check an exported bundle and add it to those that -m takes. Import only what you would also run."""
+    with _one_line_errors():
+        name = import_bundle(path, BUNDLES_DIR)
+    print(f"{BUNDLES_DIR / name}: use it with -m {name}")
 
 
 @app.command("list")
@@ -224,3 +317,7 @@ def _one_line_errors() -> Iterator[None]:
     except UADError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from None
+
+
+for _kind, _make in KINDS.items():
+    cohorts.command(_kind)(_in_one_line(_make))

@@ -46,6 +46,10 @@ class OutputError(UADError):
     """The results cannot be written where they should."""
 
 
+class ResultError(UADError):
+    """The folder holds no results that a report can show, or broken ones."""
+
+
 class CohortError(UADError):
     """The cohort CSV does not say what is needed."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
+from .. import __version__
 from ..errors import CohortError
 from ..files import replacing
 
@@ -70,7 +70,7 @@ def write_description(folder: Path, bundle: str) -> None:
         "Name": f"Anomaly detection with {bundle}",
         "BIDSVersion": "1.10.0",
         "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "uad-bundles", "Version": version("uad-bundles"), "Description": bundle}],
+        "GeneratedBy": [{"Name": "uad-bundles", "Version": __version__, "Description": bundle}],
     }
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
