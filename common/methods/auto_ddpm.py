@@ -23,8 +23,8 @@ from torch import Generator, Tensor, nn
 
 from ..errors import BundleError, SettingError
 from ..weights import load_weights
-from .base import seeded_generators
-from .ddpm import DDPM, DDPMObjective, median, walk
+from .base import median, seeded_generators
+from .ddpm import DDPM, DDPMObjective, walk
 
 
 @dataclass(frozen=True)

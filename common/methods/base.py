@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from monai.networks.layers import gaussian_1d, separable_filtering
+import torch.nn.functional as F
+from monai.networks.layers import MedianFilter, gaussian_1d, separable_filtering
 from torch import Tensor, nn
 
 from ..errors import ImageIntensityError, ImageShapeError
@@ -127,6 +128,14 @@ def smoothed(x: Tensor, sigma_px: float) -> Tensor:
     kernel = gaussian_1d(torch.tensor(sigma_px), truncated=4.0, approx="sampled", normalize=True)
     margin = len(kernel) // 2
     return separable_filtering(mirror(x, margin), [kernel.to(x)] * 2)[..., margin:-margin, margin:-margin]
+
+
+def median(anomaly_map: Tensor, window: MedianFilter) -> Tensor:
+    """Median over a square window, reflected at the border (MONAI's repeats the border pixels); (B, 1, H, W)."""
+    pad = window.radius[0]
+    if pad == 0:
+        return anomaly_map
+    return window(F.pad(anomaly_map, (pad,) * 4, mode="reflect"))[..., pad:-pad, pad:-pad]
 
 
 def mirror(x: Tensor, margin: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from monai.losses import PatchAdversarialLoss
 from monai.networks.blocks.selfattention import SABlock
+from monai.networks.layers import MedianFilter
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import zero_module
 from monai.utils import convert_to_tensor
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..networks.latent_space import LatentSpace, latents
 from ..schedulers.bernoulli import BernoulliScheduler
-from .base import AnomalyDetector, TrainingObjective
+from .base import AnomalyDetector, TrainingObjective, median
 
 
 def flip_unet(
@@ -66,6 +67,7 @@ class BerDiff(AnomalyDetector):
         final: what is decoded. "sample": bits drawn in the last step (paper). "threshold": the more likely bits.
             "soft": their probabilities. "soft_unstitched": those without the mask, which the last step then does not
             extend (published code).
+        median_size: side of the median window over the map, odd; 5 as in the paper's evaluation, 1 for none.
         num_passes: random walks, over which map, reconstruction and score are averaged.
         noise_index_offset: 1 noises once more than is walked back, as the published code does.
         batch_size: slices that the encoder and the U-Net take at a time, see `in_equal_batches`.
@@ -83,6 +85,7 @@ class BerDiff(AnomalyDetector):
         num_inference_steps: int | None = None,
         encoding: Literal["sample", "threshold"] = "sample",
         final: Literal["sample", "threshold", "soft", "soft_unstitched"] = "sample",
+        median_size: int = 5,
         num_passes: int = 1,
         noise_index_offset: int = 0,
         batch_size: int = 8,
@@ -101,6 +104,7 @@ class BerDiff(AnomalyDetector):
         self.P = P
         self.encoding = encoding
         self.final = final
+        self.median = MedianFilter(median_size // 2, spatial_dims=2)
         self.num_passes = num_passes
         self.noise_index_offset = noise_index_offset
         self.batch_size = batch_size
@@ -110,7 +114,8 @@ class BerDiff(AnomalyDetector):
         image = convert_to_tensor(image, track_meta=False)  # the meta data of a batch does not survive its splitting
         p = in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image)
         passes = [self.one_pass(image, p, generators) for _ in range(self.num_passes)]
-        return tuple(torch.stack(part).mean(0) for part in zip(*passes, strict=True))
+        anomaly_map, *others = (torch.stack(part).mean(0) for part in zip(*passes, strict=True))
+        return median(anomaly_map, self.median), *others
 
     def one_pass(self, image: Tensor, p: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
         """Map (B, 1, H, W), the sum over channels of (x - x_hat)^2; x_hat (B, C, H, W); share of masked entries (B,).

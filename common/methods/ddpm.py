@@ -17,7 +17,7 @@ from monai.networks.schedulers import DDPMScheduler
 from torch import Generator, Tensor
 
 from ..errors import SettingError
-from .base import AnomalyDetector, TrainingObjective, noise_like
+from .base import AnomalyDetector, TrainingObjective, median, noise_like
 
 
 class Noise(Protocol):
@@ -201,11 +201,3 @@ def walk(start: int, end: int, num_steps: int | None) -> list[tuple[int, int]]:
         raise SettingError("num_inference_steps", fact, f"choose 1 to {start - end}")
     indices = [round(start - i * (start - end - 1) / max(count - 1, 1)) for i in range(count)]
     return list(zip(indices, [*indices[1:], end], strict=True))
-
-
-def median(anomaly_map: Tensor, window: MedianFilter) -> Tensor:
-    """Median over a square window, reflected at the border (MONAI's repeats the border pixels); (B, 1, H, W)."""
-    pad = window.radius[0]
-    if pad == 0:
-        return anomaly_map
-    return window(F.pad(anomaly_map, (pad,) * 4, mode="reflect"))[..., pad:-pad, pad:-pad]

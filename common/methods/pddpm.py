@@ -17,8 +17,8 @@ from torch import Generator, Tensor
 from ..errors import SettingError
 from ..schedulers.masked_ddim import cosine_alpha_bar
 from ..schedulers.simplex import SimplexNoise
-from .base import AnomalyDetector, TrainingObjective
-from .ddpm import Noise, median
+from .base import AnomalyDetector, TrainingObjective, median
+from .ddpm import Noise
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1; x are columns, upper bounds are exclusive
 CROSS = torch.tensor([[0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0]])

@@ -57,7 +57,7 @@ def tiny(unet=None, channels=1, scheduler=None, **settings):
     for parameter in [*autoencoder.parameters(), *network.parameters()]:
         nn.init.normal_(parameter, std=0.3)
     space = BinaryLatentSpace(autoencoder, 4)
-    settings = {"L": 20, "num_inference_steps": 5, "batch_size": 2, **settings}
+    settings = {"L": 20, "num_inference_steps": 5, "batch_size": 2, "median_size": 1, **settings}
     return BerDiff(space, unet or network, scheduler or BernoulliScheduler(), **settings).eval()
 
 
@@ -237,6 +237,13 @@ def test_detection(check_detection, final, channels):
     detection = check_detection(tiny(final=final, channels=channels), image)
     expected = (image - detection.reconstruction).square().sum(1, keepdim=True) * (image > 0).any(1, keepdim=True)
     torch.testing.assert_close(detection.anomaly_map, expected)
+
+
+def test_map_is_median_filtered():
+    sharp, smooth = (tiny(median_size=size).detect(slices()) for size in (1, 5))
+    window = sharp.anomaly_map[0, 0, 6:11, 5:10]
+    assert smooth.anomaly_map[0, 0, 8, 7] == window.median()
+    assert torch.equal(smooth.reconstruction, sharp.reconstruction)
 
 
 @pytest.mark.parametrize("P", [0.6, 0.8])

@@ -11,8 +11,8 @@ from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 
 from common.errors import ImageShapeError, SettingError
-from common.methods.base import noise_like
-from common.methods.ddpm import DDPM, DDPMObjective, gaussian_noise, median, walk
+from common.methods.base import median, noise_like
+from common.methods.ddpm import DDPM, DDPMObjective, gaussian_noise, walk
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
