@@ -104,7 +104,8 @@ class BerDiff(AnomalyDetector):
         self.P = P
         self.encoding = encoding
         self.final = final
-        self.median = MedianFilter(median_size // 2, spatial_dims=2)
+        with torch.device("cpu"):  # it reads numbers while it is made, which a network without memory has not
+            self.median = MedianFilter(median_size // 2, spatial_dims=2)
         self.num_passes = num_passes
         self.noise_index_offset = noise_index_offset
         self.batch_size = batch_size
