@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 
 from ..errors import BundleError, SettingError
 from ..weights import load_weights
-from .base import median, seeded_generators
+from .base import median, with_generators
 from .ddpm import DDPM, DDPMObjective, walk
 
 
@@ -95,7 +95,7 @@ class AutoDDPM(DDPM):
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, Tensor]:
         result = self.stitch(image, generators)
         residual = self.difference(image, result.final)
-        return median(residual * result.combined if self.weighted else residual, self.median), result.final
+        return median(residual * result.combined if self.weighted else residual, self.median_size), result.final
 
     def _score(self, anomaly_map: Tensor, foreground: Tensor) -> Tensor:
         values = anomaly_map.flatten(1)
@@ -133,11 +133,9 @@ class AutoDDPM(DDPM):
 
         batches: healthy slices (B, C, H, W); slice i has the seed i, so the result does not depend on the batches.
         """
-        maps, count = [], 0
-        for image in batches:
-            generators = seeded_generators(range(count, count + len(image)))
+        maps = []
+        for image, generators in with_generators(batches):
             maps.append(self.combined_map(image, self.coarse(image, generators)).flatten().cpu())
-            count += len(image)
         self.threshold.fill_(exceeded_by(torch.cat(maps), max_share))
 
     # --- (c) stitch and resample ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -130,12 +130,19 @@ def smoothed(x: Tensor, sigma_px: float) -> Tensor:
     return separable_filtering(mirror(x, margin), [kernel.to(x)] * 2)[..., margin:-margin, margin:-margin]
 
 
-def median(anomaly_map: Tensor, window: MedianFilter) -> Tensor:
-    """Median over a square window, reflected at the border (MONAI's repeats the border pixels); (B, 1, H, W)."""
-    pad = window.radius[0]
+def median(anomaly_map: Tensor, size: int) -> Tensor:
+    """Median over a window of odd side, reflected at the border (MONAI's repeats its pixels); (B, 1, H, W) -> same."""
+    pad = size // 2
     if pad == 0:
         return anomaly_map
+    window = MedianFilter(pad, spatial_dims=2)
     return window(F.pad(anomaly_map, (pad,) * 4, mode="reflect"))[..., pad:-pad, pad:-pad]
+
+
+def image_difference(a: Tensor, b: Tensor, gamma: float | None) -> Tensor:
+    """min(max over channels |a - b|, gamma) / gamma, (B, 1, H, W) in [0, 1]; unclipped and unscaled without gamma."""
+    difference = (a - b).abs().amax(dim=1, keepdim=True)
+    return difference if gamma is None else difference.clamp(max=gamma) / gamma
 
 
 def mirror(x: Tensor, margin: int) -> Tensor:
@@ -145,3 +152,11 @@ def mirror(x: Tensor, margin: int) -> Tensor:
         index = torch.arange(-margin, size + margin, device=x.device) % (2 * size)
         x = x.index_select(dim, torch.minimum(index, 2 * size - 1 - index))
     return x
+
+
+def with_generators(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
+    """Each batch (B, ...) with its generators: slice i of all has the seed i, however they are batched."""
+    count = 0
+    for batch in batches:
+        yield batch, seeded_generators(range(count, count + len(batch)))
+        count += len(batch)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from monai.losses import PatchAdversarialLoss
 from monai.networks.blocks.selfattention import SABlock
-from monai.networks.layers import MedianFilter
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import zero_module
 from monai.utils import convert_to_tensor
@@ -104,8 +103,7 @@ class BerDiff(AnomalyDetector):
         self.P = P
         self.encoding = encoding
         self.final = final
-        with torch.device("cpu"):  # it reads numbers while it is made, which a network without memory has not
-            self.median = MedianFilter(median_size // 2, spatial_dims=2)
+        self.median_size = median_size
         self.num_passes = num_passes
         self.noise_index_offset = noise_index_offset
         self.batch_size = batch_size
@@ -116,7 +114,7 @@ class BerDiff(AnomalyDetector):
         p = in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image)
         passes = [self.one_pass(image, p, generators) for _ in range(self.num_passes)]
         anomaly_map, *others = (torch.stack(part).mean(0) for part in zip(*passes, strict=True))
-        return median(anomaly_map, self.median), *others
+        return median(anomaly_map, self.median_size), *others
 
     def one_pass(self, image: Tensor, p: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
         """Map (B, 1, H, W), the sum over channels of (x - x_hat)^2; x_hat (B, C, H, W); share of masked entries (B,).

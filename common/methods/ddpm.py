@@ -11,7 +11,6 @@ from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers import MedianFilter
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 from torch import Generator, Tensor
@@ -75,13 +74,12 @@ class DDPM(AnomalyDetector):
         self.residual = residual
         self.symmetric = symmetric
         self.median_size = median_size
-        self.median = MedianFilter(median_size // 2, spatial_dims=2)
         self.size_divisor = 2 ** (len(unet.block_out_channels) - 1)
         self.steps = walk(self.start, -1, num_inference_steps)
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, Tensor]:
         reconstruction = self.to_image(self.reconstruct(self.to_network(image), generators)).clamp(0, 1)
-        return median(self.difference(image, reconstruction), self.median), reconstruction
+        return median(self.difference(image, reconstruction), self.median_size), reconstruction
 
     def reconstruct(self, x0: Tensor, generators: list[Generator]) -> Tensor:
         """x_hat: noise to the first index, then all steps; (B, C, H, W) in the network's range, twice."""

@@ -23,8 +23,16 @@ from ..errors import BundleError, SettingError
 from ..networks.latent_space import LatentSpace, latents
 from ..networks.vq_autoencoder import codebook_use
 from ..schedulers.gaussian import GaussianScheduler, evenly_spaced
-from .base import AnomalyDetector, Detection, TrainingObjective, noise_like, seeded_generators, smoothed
-from .mad_ad import image_difference
+from .base import (
+    AnomalyDetector,
+    Detection,
+    TrainingObjective,
+    image_difference,
+    noise_like,
+    seeded_generators,
+    smoothed,
+    with_generators,
+)
 
 Variant = Literal["a", "b", "c", "d"]
 
@@ -177,12 +185,10 @@ class LatentDDPM(AnomalyDetector):
 
         Raises BundleError where their latents have another size.
         """
-        maps, count = [], 0
-        for image in batches:
+        maps = []
+        for image, generators in with_generators(batches):
             z0, _ = self.latent_space.posterior(image)
-            generators = seeded_generators(range(count, count + len(image)))
             maps.append(self.kl_map(z0, generators, self.kl_timesteps).double().cpu())
-            count += len(image)
         fitted = location_percentile(torch.cat(maps), self.percentile)
         if fitted.shape != self.threshold.shape:
             fact = f"thresholds of {tuple(fitted.shape)} locations for latents of {tuple(self.threshold.shape)}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..networks.latent_space import LatentSpace
 from ..networks.masked_unet import MaskedDiffusionUNet
 from ..schedulers.masked_ddim import MaskedDDIMScheduler
-from .base import AnomalyDetector, TrainingObjective, foreground_of, noise_like, smoothed
+from .base import AnomalyDetector, TrainingObjective, foreground_of, image_difference, noise_like, smoothed
 
 MapKind = Literal["image", "input", "latent", "mask"]
 
@@ -86,12 +86,6 @@ class MADAD(AnomalyDetector):
             z_t = self.scheduler.step(z_t, z0, mask, t, t_prev, noise)
             mask_mean = mask_mean + mask_logit.sigmoid() / len(steps)
         return z_t, mask_mean
-
-
-def image_difference(a: Tensor, b: Tensor, gamma: float | None) -> Tensor:
-    """min(max over channels |a - b|, gamma) / gamma, (B, 1, H, W) in [0, 1]; unclipped and unscaled without gamma."""
-    difference = (a - b).abs().amax(dim=1, keepdim=True)
-    return difference if gamma is None else difference.clamp(max=gamma) / gamma
 
 
 class MADADObjective(TrainingObjective):

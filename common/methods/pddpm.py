@@ -10,7 +10,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers import MedianFilter
 from monai.networks.nets import DiffusionModelUNet
 from torch import Generator, Tensor
 
@@ -64,7 +63,7 @@ class PDDPM(AnomalyDetector):
         self.t = t
         self.noise = noise or SimplexNoise(mode="2d")
         self.erosion = erosion
-        self.median = MedianFilter(median_size // 2, spatial_dims=2)
+        self.median_size = median_size
         divisor = 2 ** (len(unet.block_out_channels) - 1)
         self.size_divisor = divisor if overlap else math.lcm(divisor, patch_size)
         self.register_buffer("alpha_bar", cosine_alpha_bar(num_train_timesteps), persistent=False)
@@ -74,7 +73,7 @@ class PDDPM(AnomalyDetector):
         t = torch.full((len(x0),), self.t, device=x0.device)
         reconstruction = (self.reconstruct(x0, self.noise(x0, t, generators)) + 1) / 2
         error = (image - reconstruction).abs().mean(dim=1, keepdim=True)
-        return median(error * eroded(foreground, self.erosion), self.median), reconstruction
+        return median(error * eroded(foreground, self.erosion), self.median_size), reconstruction
 
     def reconstruct(self, x0: Tensor, noise: Tensor) -> Tensor:
         """x_hat in [-1, 1]: all patches of all slices in one batch, then their mean. (B, C, H, W) twice -> same."""

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from common.errors import ImageShapeError, SettingError
-from common.methods.base import mirror, noise_like
-from common.methods.mad_ad import MADAD, MADADObjective, image_difference, random_subset
+from common.methods.base import image_difference, mirror, noise_like
+from common.methods.mad_ad import MADAD, MADADObjective, random_subset
 from common.networks.latent_space import LatentSpace
 from common.networks.masked_unet import MaskedDiffusionUNet
 from common.networks.strided_autoencoder import StridedAutoencoderKL
