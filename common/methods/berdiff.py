@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingError
 from ..networks.latent_space import LatentSpace, latents
+from ..networks.pixel_unshuffle_unet import size_divisor
 from ..schedulers.bernoulli import BernoulliScheduler
 from .base import AnomalyDetector, TrainingObjective, median
 
@@ -107,7 +108,7 @@ class BerDiff(AnomalyDetector):
         self.num_passes = num_passes
         self.noise_index_offset = noise_index_offset
         self.batch_size = batch_size
-        self.size_divisor = latent_space.downsampling * 2 ** (len(unet.block_out_channels) - 1)
+        self.size_divisor = latent_space.downsampling * size_divisor(unet)
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, ...]:
         image = convert_to_tensor(image, track_meta=False)  # the meta data of a batch does not survive its splitting

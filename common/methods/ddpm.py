@@ -16,6 +16,7 @@ from monai.networks.schedulers import DDPMScheduler
 from torch import Generator, Tensor
 
 from ..errors import SettingError
+from ..networks.pixel_unshuffle_unet import size_divisor
 from .base import AnomalyDetector, TrainingObjective, median, noise_like
 
 
@@ -74,7 +75,7 @@ class DDPM(AnomalyDetector):
         self.residual = residual
         self.symmetric = symmetric
         self.median_size = median_size
-        self.size_divisor = 2 ** (len(unet.block_out_channels) - 1)
+        self.size_divisor = size_divisor(unet)
         self.steps = walk(self.start, -1, num_inference_steps)
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import BundleError, SettingError
 from ..networks.latent_space import LatentSpace, latents
+from ..networks.pixel_unshuffle_unet import size_divisor
 from ..networks.vq_autoencoder import codebook_use
 from ..schedulers.gaussian import GaussianScheduler, evenly_spaced
 from .base import (
@@ -98,7 +99,7 @@ class LatentDDPM(AnomalyDetector):
         self.sigma_px = sigma_px
         self.num_score_timesteps = num_score_timesteps
         self.max_batch = max_batch
-        self.size_divisor = latent_space.downsampling * 2 ** (len(unet.block_out_channels) - 1)
+        self.size_divisor = latent_space.downsampling * size_divisor(unet)
         # before it is fitted every location is unlikely
         self.register_buffer("threshold", torch.full(tuple(latent_size), -torch.inf, dtype=torch.float64))
 

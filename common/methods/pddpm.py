@@ -14,6 +14,7 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import Generator, Tensor
 
 from ..errors import SettingError
+from ..networks.pixel_unshuffle_unet import size_divisor
 from ..schedulers.masked_ddim import cosine_alpha_bar
 from ..schedulers.simplex import SimplexNoise
 from .base import AnomalyDetector, TrainingObjective, median
@@ -64,7 +65,7 @@ class PDDPM(AnomalyDetector):
         self.noise = noise or SimplexNoise(mode="2d")
         self.erosion = erosion
         self.median_size = median_size
-        divisor = 2 ** (len(unet.block_out_channels) - 1)
+        divisor = size_divisor(unet)
         self.size_divisor = divisor if overlap else math.lcm(divisor, patch_size)
         self.register_buffer("alpha_bar", cosine_alpha_bar(num_train_timesteps), persistent=False)
 
