@@ -23,9 +23,7 @@ class PixelUnshuffleUNet(DiffusionModelUNet):
 
     def __init__(self, in_channels: int = 1, out_channels: int = 1, factor: int = 2, **settings: Any) -> None:
         cell = factor * factor
-        super().__init__(
-            spatial_dims=2, in_channels=in_channels * cell, out_channels=out_channels * cell, **settings
-        )
+        super().__init__(spatial_dims=2, in_channels=in_channels * cell, out_channels=out_channels * cell, **settings)
         self.factor = factor
 
     def forward(self, x: Tensor, timesteps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
