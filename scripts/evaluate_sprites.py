@@ -1,7 +1,7 @@
 """The synthetic experiment of Pinaya et al. (MICCAI 2022, Table 1): sprites in head CT, beside the paper's numbers.
 
     for seed in 0 1 2; do
-        python scripts/make_headct_cohort.py headct_64.npz sprites$seed --seed $seed --test-only
+        uad cohort headct-sprites MedNIST/HeadCT -o sprites$seed --seed $seed --test-only
     done
     python scripts/evaluate_sprites.py sprites0 sprites1 sprites2 -o result.json \\
         --row latent_ddpm_headct:variant=c --row latent_ddpm_headct:variant=d,num_score_timesteps=50 --row vae_headct
@@ -52,7 +52,7 @@ Method = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # slices, seeds -> m
 
 
 def main(
-    cohorts: Annotated[list[Path], typer.Argument(help="Folders that make_headct_cohort.py wrote, a seed each.")],
+    cohorts: Annotated[list[Path], typer.Argument(help="Folders that `uad cohort headct-sprites` wrote, a seed each.")],
     row: Annotated[list[str], typer.Option(help="BUNDLE or inference.json, then [:item=value,...].")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The result, a JSON file.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

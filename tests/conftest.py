@@ -16,6 +16,9 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from scipy.spatial.transform import Rotation
+from typer.testing import CliRunner
+
+from common.cli import app
 
 RADII_MM = np.array([45.0, 55.0, 40.0])
 
@@ -213,7 +216,7 @@ def write_patient(path: Path, files, depth, tumour, is_copied=False):
 
 @pytest.fixture(scope="session")
 def brats2020(tmp_path_factory):
-    """Nine patients as BraTS 2020 unpacks, and the folder of the cohort that the script makes of them.
+    """Nine patients as BraTS 2020 unpacks, and the folder of the cohort that is made of them.
 
     The last one's modalities are copies; of the third and fourth only slice 128 of those used is without tumour.
     """
@@ -222,13 +225,13 @@ def brats2020(tmp_path_factory):
         name = f"BraTS20_Training_{number:03d}"
         tumour = range(70, 128) if number in (3, 4) else range(60, 100 + number)
         write_patient(data / name / name, ("flair", "t1", "t1ce", "t2"), 155, tumour, is_copied=number == 9)
-    run_script("make_tumour_cohort.py", data, out, "--layout", "brats2020")
+    make_cohort("glioma", data, out, "--layout", "brats2020")
     return data, out
 
 
 @pytest.fixture(scope="session")
 def oct2017(tmp_path_factory):
-    """40 patients to train on, three of whom test too, as OCT2017 unpacks; and the cohort that the script makes."""
+    """40 patients to train on, three of whom test too, as OCT2017 unpacks; and their cohort."""
     data, out = tmp_path_factory.mktemp("oct2017"), tmp_path_factory.mktemp("oct2017_cohort")
     names = [f"train/NORMAL/NORMAL-{patient}-{n}" for patient in range(100, 140) for n in (1, 2)]
     names += [f"test/{kind}/{kind}-{p}-{n}" for kind, p in (("NORMAL", 100), ("DRUSEN", 101)) for n in range(1, 13)]
@@ -239,8 +242,19 @@ def oct2017(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         layers = 90 + 60 * np.sin(np.arange(48) / 4 + random.uniform(0, 6))
         Image.fromarray(np.repeat(layers[:, None], random.integers(50, 80), axis=1).astype(np.uint8)).save(path)
-    run_script("make_oct_cohort.py", data, out)
+    make_cohort("oct", data, out)
     return data, out
+
+
+def make_cohort(kind, data, output, *options):
+    """Run `uad cohort`."""
+    done = CliRunner().invoke(app, ["cohort", kind, str(data), "-o", str(output), *options])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.fixture(scope="session", name="make_cohort")
+def make_cohort_fixture():
+    return make_cohort
 
 
 def run_script(name, *arguments):

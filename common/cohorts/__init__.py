@@ -7,10 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .glioma import make_glioma
+from .headct_sprites import make_headct_sprites
 from .ixi_lesions import make_ixi_lesions
+from .oct import make_oct
 from .patients import make_patients
 
 KINDS: dict[str, Callable[..., None]] = {
     "ixi-lesions": make_ixi_lesions,
+    "glioma": make_glioma,
+    "headct-sprites": make_headct_sprites,
+    "oct": make_oct,
     "patients": make_patients,
 }

@@ -116,7 +116,7 @@ def write_files(folder: Path, case: Case, threshold: float, calibration: Calibra
     if case.to_mni is not None:
         write_tfm(case.to_mni, folder / "to_mni.tfm")
     if case.series is not None:
-        save_dicom(case, case.series, folder, str(run["bundle"]), versions()["uad-bundles"])
+        save_dicom(case, case.series, folder, str(run["bundle"]), versions()["uad-bundles"], run["weights_sha256"])
     save_preview(case, threshold, folder / "preview.png")
     record = {**run, **describe(case, threshold, calibration, lesions)}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -27,7 +27,9 @@ MAY_BE_EMPTY = (  # and lack in anonymised images, while highdicom wants them al
 )
 
 
-def save_dicom(case: Case, series: Series, folder: Path, algorithm: str, version: str) -> None:
+def save_dicom(
+    case: Case, series: Series, folder: Path, algorithm: str, version: str, weights_sha256: str | None = None
+) -> None:
     """Write segmentation.dcm (Segmentation, binary) and anomaly_map.dcm (Parametric Map, float32) into `folder`.
 
     Both lie in the frame of reference of the source images, refer to them, and belong to the same study; they hold
@@ -36,18 +38,20 @@ def save_dicom(case: Case, series: Series, folder: Path, algorithm: str, version
 
     case: on the grid of `read_series(series)`.
     algorithm, version: what the objects name as their maker, a bundle and its version.
+    weights_sha256: of its weights; a second software version, and a parameter of the Segmentation's algorithm.
     Raises DicomError where the source images lack or garble what the objects take from them, and OptionalImportError
     without highdicom.
     """
     sources = [_source(series, path) for path in series.files]
     number = 100 * (series.number or 0)
+    versions = [version, *filter(None, [weights_sha256])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of pydicom quote what the tags say of the patient
         try:
             mask = _planes(case.segmentation, np.uint8, case, series, sources)
             values = _planes(case.anomaly_map, np.float32, case, series, sources)
-            segmentation = _segmentation(mask, sources, algorithm, version, number + 1)
-            anomaly_map = _parametric_map(values, sources, algorithm, version, number + 2)
+            segmentation = _segmentation(mask, sources, algorithm, versions, number + 1)
+            anomaly_map = _parametric_map(values, sources, algorithm, versions, number + 2)
         except (AttributeError, TypeError, ValueError, KeyError) as error:  # whose words quote the tags too
             fact = f"{series.name} does not allow DICOM results ({type(error).__name__} in a tag)"
             raise DicomError(series.folder, fact, "write NIfTI alone, or repair the headers") from error
@@ -68,7 +72,7 @@ def _source(series: Series, path: Path) -> Any:
     return dataset
 
 
-def _maker(algorithm: str, version: str, series_number: int) -> dict[str, Any]:
+def _maker(algorithm: str, versions: list[str], series_number: int) -> dict[str, Any]:
     """The new series, and the equipment that made it; the standard wants a serial number, which software has not."""
     return {
         "series_instance_uid": pydicom.uid.generate_uid(),
@@ -77,7 +81,7 @@ def _maker(algorithm: str, version: str, series_number: int) -> dict[str, Any]:
         "instance_number": 1,
         "manufacturer": "uad-bundles",
         "manufacturer_model_name": algorithm,
-        "software_versions": version,
+        "software_versions": tuple(versions),
         "device_serial_number": "0",
     }
 
@@ -96,7 +100,7 @@ def _planes(volume: MetaTensor, dtype: type, case: Case, series: Series, sources
     )
 
 
-def _segmentation(mask: Any, sources: list[Any], algorithm: str, version: str, series_number: int) -> Any:
+def _segmentation(mask: Any, sources: list[Any], algorithm: str, versions: list[str], series_number: int) -> Any:
     highdicom, _ = optional_import("highdicom")
     codes = pydicom.sr.codedict.codes
     segment = highdicom.seg.SegmentDescription(
@@ -106,7 +110,10 @@ def _segmentation(mask: Any, sources: list[Any], algorithm: str, version: str, s
         segmented_property_type=codes.SCT.Lesion,
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name=algorithm, version=version, family=codes.cid7162.ArtificialIntelligence
+            name=algorithm,
+            version=versions[0],
+            family=codes.cid7162.ArtificialIntelligence,
+            parameters={"weights_sha256": versions[1]} if len(versions) > 1 else None,
         ),
     )
     return highdicom.seg.Segmentation(
@@ -117,11 +124,11 @@ def _segmentation(mask: Any, sources: list[Any], algorithm: str, version: str, s
         omit_empty_frames=False,  # highdicom stores no empty object otherwise
         content_label="ANOMALY",
         series_description=f"{algorithm} segmentation",
-        **_maker(algorithm, version, series_number),
+        **_maker(algorithm, versions, series_number),
     )
 
 
-def _parametric_map(values: Any, sources: list[Any], algorithm: str, version: str, series_number: int) -> Any:
+def _parametric_map(values: Any, sources: list[Any], algorithm: str, versions: list[str], series_number: int) -> Any:
     highdicom, _ = optional_import("highdicom")
     highest = float(np.max(getattr(values, "array", values))) or 1.0  # a window must not be empty
     mapping = highdicom.pm.RealWorldValueMapping(
@@ -140,5 +147,5 @@ def _parametric_map(values: Any, sources: list[Any], algorithm: str, version: st
         voi_lut_transformations=[highdicom.VOILUTTransformation(window_center=highest / 2, window_width=highest)],
         content_label="ANOMALY",
         series_description=f"{algorithm} anomaly map",
-        **_maker(algorithm, version, series_number),
+        **_maker(algorithm, versions, series_number),
     )

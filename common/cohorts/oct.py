@@ -1,40 +1,38 @@
-"""Make a cohort CSV of OCT2017 (Kermany et al., Cell 2018): stacks of 10 B-scans as NIfTI, split by patient.
-
-    python scripts/make_oct_cohort.py OCT2017 OUT
-
-OCT2017 is the folder that holds `train` and `test` as they unpack, `<class>/<class>-<patient>-<number>.jpeg`. Of
-train/NORMAL 5 % of the patients validate and the others train, those of `test` left out; of `test` all classes are
-taken. Every image is resized to 256 x 256 as Wolleb et al. 2024 do. There are no masks: the `lesion` of a diseased
-stack is all of it, so that only what is said of whole slices means something. Written: OUT/<subject>.nii.gz,
-OUT/cohort.csv and OUT/slices.csv (which image is where).
-"""
+"""OCT2017 (Kermany et al., Cell 2018): stacks of B-scans, split by patient."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import nibabel as nib
 import numpy as np
-import typer
 from PIL import Image
 
-STACK, SEED, SIZE = 10, 0, 256
+from ..data.cohort import write_cohort
+from ..errors import CohortError
+from .options import DataDir, Output
+from .stacks import STACK, write_places
+
+SEED, SIZE = 0, 256
 VAL_SHARE = 0.05  # of the patients that do not test
 HEALTHY, DISEASED = "NORMAL", ("DRUSEN", "CNV", "DME")
 AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])  # nominal: the archive does not say how large a pixel is
 
 
-def main(
-    data: Annotated[Path, typer.Argument(help="Folder with train and test.")],
-    output: Annotated[Path, typer.Argument(help="Folder of the cohort.")],
-) -> None:
-    """Write the stacks, cohort.csv and slices.csv."""
+def make_oct(data_dir: DataDir, output: Output) -> None:
+    """OCT2017: the folder of `train` and `test` as they unpack, <class>/<class>-<patient>-<number>.jpeg.
+
+    Of train/NORMAL 5 % of the patients validate and the others train, those of `test` left out; of `test` all classes
+    are taken. Every image is resized to 256 x 256 as Wolleb et al. 2024 do. There are no masks: the lesion of a
+    diseased stack of 10 is all of it, so that only what is said of whole slices means something. Written:
+    <subject>.nii.gz, <subject>_lesion.nii.gz, cohort.csv and slices.csv (which image is where).
+    """
+    parts = split_images(data_dir)
+    if ("train", HEALTHY) not in parts:
+        raise CohortError(data_dir, f"no images in train/{HEALTHY}", "give the folder OCT2017, see docs/data.md")
     output.mkdir(parents=True, exist_ok=True)
-    rows, places = [], []
-    for (split, kind), files in split_images(data).items():
+    rows, places = [], {}
+    for (split, kind), files in parts.items():
         for number, part in enumerate(np.array_split(np.array(files), max(1, len(files) // STACK))):
             subject = f"{split}_{kind.lower()}{number:04d}"
             stack = np.stack([read(path) for path in part], axis=2)
@@ -42,10 +40,10 @@ def main(
             nib.save(nib.Nifti1Image(stack, AFFINE), output / f"{subject}.nii.gz")
             if lesion:
                 nib.save(nib.Nifti1Image(np.ones_like(stack), AFFINE), output / lesion)
-            rows.append([subject, split, f"{subject}.nii.gz", "", lesion])
-            places += [[subject, place, path.name] for place, path in enumerate(part)]
-    write_csv(output / "cohort.csv", [["subject", "split", "OCT", "brain", "lesion"], *rows])
-    write_csv(output / "slices.csv", [["subject", "slice", "name"], *places])
+            rows.append({"subject": subject, "split": split, "OCT": f"{subject}.nii.gz", "lesion": lesion})
+            places[subject] = [path.name for path in part]
+    write_places(output / "slices.csv", places)
+    write_cohort(output / "cohort.csv", ["OCT"], rows)
 
 
 def split_images(data: Path) -> dict[tuple[str, str], list[Path]]:
@@ -75,13 +73,3 @@ def read(path: Path) -> np.ndarray:
     """(SIZE, SIZE) uint8, columns first, as NIfTI stores images: the affine turns them to left and posterior."""
     with Image.open(path) as image:
         return np.asarray(image.convert("L").resize((SIZE, SIZE))).T
-
-
-def write_csv(path: Path, lines: Sequence[Sequence[object]]) -> None:
-    """Write lines, the first of them the header."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -3,7 +3,9 @@ import csv
 import nibabel as nib
 import numpy as np
 from PIL import Image
+from typer.testing import CliRunner
 
+from common.cli import app
 from common.data.cohort import read_cohort
 
 
@@ -44,3 +46,9 @@ def test_only_diseased_stacks_have_a_lesion_and_it_is_all_of_them(oct2017):
             assert np.all(np.asarray(nib.load(out / row["lesion"]).dataobj) == 1)
     assert all("lesion" not in item for item in read_cohort(out / "cohort.csv", ["OCT"], "train"))
     assert len(read_cohort(out / "cohort.csv", ["OCT"], "test")) == 2
+
+
+def test_a_folder_that_is_not_the_data_set(tmp_path):
+    done = CliRunner().invoke(app, ["cohort", "oct", str(tmp_path), "-o", str(tmp_path / "o")])
+    assert done.exit_code != 0
+    assert "no images in train/NORMAL" in done.stderr

@@ -4,7 +4,10 @@ from collections import Counter
 import nibabel as nib
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from common.cli import app
+from common.cohorts.glioma import SPLIT
 from common.data.cohort import read_cohort
 
 
@@ -27,12 +30,22 @@ def tumour_slices(path):
 
 
 @pytest.fixture(scope="module")
-def tcga_lgg(tmp_path_factory, write_patient, run_script):
+def tcga_lgg(tmp_path_factory, write_patient, make_cohort):
     data, out = tmp_path_factory.mktemp("tcga"), tmp_path_factory.mktemp("tcga_cohort")
-    for number in range(20):
-        write_patient(data / f"TCGA_XX_{number:04d}", ("T1", "FLAIR", "T1CE"), 24, range(6, 10 + number // 2))
-    run_script("make_tumour_cohort.py", data, out)
+    recorded = list(csv.DictReader(SPLIT.read_text(encoding="utf-8").splitlines()))
+    names = {split: [row["subject"] for row in recorded if row["split"] == split] for split in ("train", "val", "test")}
+    chosen = [*names["train"][:12], *names["val"][:3], *names["test"][:4], "TCGA_XX_0001"]
+    for number, name in enumerate(chosen):
+        write_patient(data / name, ("T1", "FLAIR", "T1CE"), 24, range(6, 10 + number // 2))
+    make_cohort("glioma", data, out, "--layout", "tcga_lgg")
     return data, out
+
+
+def test_recorded_split_and_patients_beyond_it_test(tcga_lgg):
+    recorded = {row["subject"]: row["split"] for row in csv.DictReader(SPLIT.read_text(encoding="utf-8").splitlines())}
+    found = {patient_of(row): row["split"] for row in rows_of(tcga_lgg[1])}
+    assert found.pop("TCGA_XX_0001") == "test"
+    assert found == {name: recorded[name] for name in found}
 
 
 @pytest.mark.parametrize(("layout", "counts"), [("brats2020", (3, 1, 2)), ("tcga_lgg", (12, 3, 5))])
@@ -87,3 +100,21 @@ def test_columns_are_in_the_order_of_the_paper_and_the_cohort_can_be_read(brats2
     (healthy,) = read_cohort(brats2020[1] / "cohort.csv", ("T1", "T1CE", "T2", "FLAIR"), "val", healthy=True)
     assert healthy["subject"].endswith("_healthy")
     assert nib.load(healthy["image"][3]).shape[2] > 1
+
+
+def test_a_patient_who_lacks_a_modality_is_named(tmp_path, write_patient):
+    write_patient(tmp_path / "TCGA_XX_0001", ("T1", "FLAIR"), 6, range(2))
+    done = CliRunner().invoke(
+        app, ["cohort", "glioma", str(tmp_path), "-o", str(tmp_path / "o"), "--layout", "tcga_lgg"]
+    )
+    assert done.exit_code != 0
+    assert "TCGA_XX_0001_T1CE.nii.gz: no such file" in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_without_patients(tmp_path):
+    done = CliRunner().invoke(
+        app, ["cohort", "glioma", str(tmp_path), "-o", str(tmp_path / "o"), "--layout", "brats2020"]
+    )
+    assert done.exit_code != 0
+    assert "no <patient>_seg.nii.gz" in done.stderr
