@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from .methods.base import top_mean
+
 N_QUANTILES = 101
+
+
+def volume_score(anomaly_map: Tensor, brain: Tensor) -> float:
+    """Score of a volume: the mean of the highest 1 % of the brain's map values."""
+    return float(top_mean(anomaly_map[brain.bool()]))
 
 
 class Calibration(nn.Module):
@@ -44,3 +53,14 @@ class Calibration(nn.Module):
     def percentile(self, score: float) -> float:
         """Share of the healthy distribution below a volume score, in percent, 0 to 100."""
         return 100.0 * float((self.score_quantiles < score).sum()) / N_QUANTILES
+
+    def describe(self, anomaly_map: Tensor, brain: Tensor, threshold: float) -> dict[str, Any]:
+        """The volume as a whole, (1, H, W, D): its score, the percentile of that among the healthy (None until fitted),
+        and the share of the brain that is above the threshold."""
+        score = volume_score(anomaly_map, brain)
+        return {
+            "threshold": threshold,
+            "volume_score": score,
+            "volume_score_percentile": self.percentile(score) if self.is_fitted else None,
+            "abnormal_share": float((anomaly_map > threshold).sum()) / float(brain.sum()),
+        }

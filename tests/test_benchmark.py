@@ -53,6 +53,10 @@ def test_result_of_a_method(measured):
     assert time["seconds_per_volume"] > time["network_seconds_per_slice"] > 0
     assert 0 < time["slices_per_volume"] <= 12
     assert time["peak_memory_mb"] is None or time["peak_memory_mb"] > 100
+    assert result["protocols"]["mad_ad_s2"]["n_slices"] == 1
+    dice = result["protocols"]["masked_bernoulli"]["dice"]
+    text = (measured / "benchmark.md").read_text(encoding="utf-8")
+    assert f"| {METHOD} | {dice['mean']:.3f} ± {dice['std']:.3f} |" in text
 
 
 def test_what_a_report_draws(measured):

@@ -15,14 +15,16 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation
 from torch import Tensor
 
+from ..calibration import volume_score
 from ..engines import cases
 from ..errors import CohortError
 from ..files import replacing
 from ..methods.base import foreground_of
 from ..metrics import DetectionMetrics, MeanHealthyImage, intensity_threshold
 from ..metrics.histograms import bin_index, bin_lower_edge
+from ..metrics.paper_slices import PaperSlices
 from ..networks.volume import VolumeDetector
-from ..report.case import versions, volume_score
+from ..report.case import versions
 from ..transforms.check import voxel_volume_ml
 from ..transforms.load import load_lesion
 from ..weights import load_weights, save_weights, sha256
@@ -86,6 +88,7 @@ class LabelledCase:
     brain: Tensor  # (1, H, W, D) bool
     lesion: Tensor | None  # (H, W, D) bool
     voxel_ml: float
+    pixel_mm2: float  # area of a voxel in an axial slice
 
 
 def labelled_case(batch: Mapping[str, Any]) -> LabelledCase:
@@ -99,6 +102,7 @@ def labelled_case(batch: Mapping[str, Any]) -> LabelledCase:
         brain=brain,
         lesion=_ras(load_lesion(batch["lesion"], batch["brain"]))[0] > 0 if batch.get("lesion") else None,
         voxel_ml=voxel_volume_ml(batch["brain"]),
+        pixel_mm2=float(_oriented(batch["brain"]).pixdim[:2].prod()),
     )
 
 
@@ -155,6 +159,7 @@ class Evaluate:
         self.bundle = bundle
         self.result = Path(result)
         self.metrics = DetectionMetrics()
+        self.protocols = PaperSlices()
         self.baselines = BaselineMetrics(mean_image) if baselines else None
         self.run_time = RunTime(network.axis)
 
@@ -168,16 +173,25 @@ class Evaluate:
         """Add the subjects of the batch."""
         for batch, output in cases(engine):
             case = labelled_case(batch)
+            anomaly_map, reconstruction = _ras(output["anomaly_map"])[0], _ras(output["reconstruction"]) / case.unit
             self.metrics.update(
                 case.subject,
-                _ras(output["anomaly_map"])[0],
+                anomaly_map,
                 case.lesion,
                 case.brain[0],
                 threshold=self.network.calibration.threshold.item(),
                 image=case.image,
-                reconstruction=_ras(output["reconstruction"]) / case.unit,
+                reconstruction=reconstruction,
                 segmentation=_ras(output["segmentation"])[0],
                 voxel_ml=case.voxel_ml,
+            )
+            self.protocols.update(
+                anomaly_map.numpy(),
+                None if case.lesion is None else case.lesion.numpy(),
+                case.brain[0].numpy(),
+                case.image.numpy(),
+                reconstruction.numpy(),
+                case.pixel_mm2,
             )
             if self.baselines is not None:
                 self.baselines.update(case)
@@ -188,6 +202,7 @@ class Evaluate:
         result = {
             "bundle": self.bundle,
             **self.metrics.compute(seed),
+            "protocols": self.protocols.compute(),
             **({} if self.baselines is None else {"baselines": self.baselines.compute(seed)}),
             "threshold": self.network.calibration.threshold.item(),
             "run_time": self.run_time.result(),
@@ -204,8 +219,12 @@ def write_result(result: Mapping[str, Any], path: Path) -> None:
         temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def _oriented(volume: MetaTensor) -> MetaTensor:
+    return cast(MetaTensor, Orientation("RAS", labels=None)(volume))
+
+
 def _ras(volume: MetaTensor) -> Tensor:
-    return cast(MetaTensor, Orientation("RAS", labels=None)(volume.to(torch.float32))).as_tensor().cpu()
+    return _oriented(volume.to(torch.float32)).as_tensor().cpu()
 
 
 def fit_mean_image(

@@ -30,6 +30,17 @@ LESIONS = {
     "lesion_precision_iou": "precision, IoU > 0.1",
     "lesion_f1_iou": "F1, IoU > 0.1",
 }
+PROTOCOLS = {  # (protocol, number or group and number) -> column
+    ("masked_bernoulli", "dice"): "Masked Bernoulli: Dice",
+    ("masked_bernoulli", "auprc"): "AUPRC",
+    ("masked_bernoulli", "psnr"): "PSNR (dB)",
+    ("mad_ad_s1", "max_dice"): "MAD-AD S1: best Dice",
+    ("mad_ad_s2", "max_dice"): "MAD-AD S2: best mean Dice",
+    ("auto_ddpm", "auprc"): "AutoDDPM: AUPRC",
+    ("auto_ddpm", "max_dice"): "best Dice of 101",
+    ("auto_ddpm", "max_dice_exact"): "best Dice",
+    ("auto_ddpm", "healthy_ssim"): "SSIM of healthy slices",
+}
 TIMES = {
     "seconds_per_volume": "s a volume, reading included",
     "network_seconds_per_slice": "s a slice, network alone",
@@ -45,6 +56,10 @@ EXPLAINED = {
     "found or true by any overlap, and paired one to one by IoU.",
     "Lesions by size": "Share of the lesions that the segmentation touches, and of their voxels that it holds.",
     "Difference to the best": "The method minus the best, in the same resamples of the subjects.",
+    "Protocols of the papers": "Their rules on the slices of this cohort, for comparison with their tables; see "
+    "`common/metrics/paper_slices.py`. Best: an oracle, the labels choose the threshold. Masked Bernoulli: mean and "
+    "standard deviation over slices with lesion; MAD-AD S1 and AutoDDPM: the middle slices; S2: the slice of the largest "
+    "lesion.",
     "Run time": "Each method in a process of its own; memory is the highest resident set while a case is read, "
     "detected and brought back to its grid.",
 }
@@ -57,6 +72,13 @@ def cell(metric: Mapping[str, Any]) -> str:
         return "-"
     separator = " to " if low is not None and low < 0 else "-"
     return f"{value:.3f}" + ("" if low is None else f" ({low:.3f}{separator}{high:.3f})")
+
+
+def protocol_cell(number: float | Mapping[str, float] | None) -> str:
+    """`0.123`, or mean and standard deviation, `0.123 ± 0.045`; undefined is a dash."""
+    if number is None:
+        return "-"
+    return f"{number['mean']:.3f} ± {number['std']:.3f}" if isinstance(number, Mapping) else f"{number:.3f}"
 
 
 def size_label(bounds_ml: Sequence[float | None]) -> str:
@@ -91,6 +113,8 @@ def markdown_tables(benchmark: Mapping[str, Any]) -> str:
     differences = {"auprc": "AUPRC", "dice_at_threshold": "Dice at the healthy threshold"}
     rows = [[m["key"], *(_difference(m, metric) for metric in differences)] for m in methods]
     lines += _section("Difference to the best", differences.values(), rows)
+    rows = [[m["key"], *(protocol_cell(m["protocols"][name][number]) for name, number in PROTOCOLS)] for m in measured]
+    lines += _section("Protocols of the papers", PROTOCOLS.values(), rows)
     rows = [
         [m["key"], *(str(m["run_time"][n] if m["run_time"][n] is not None else "-") for n in TIMES)] for m in measured
     ]

@@ -13,14 +13,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 from monai.data import MetaTensor
 from scipy import ndimage
 
 from .. import __version__
 from ..calibration import Calibration
 from ..data.dicom import Series
-from ..methods.base import top_mean
 from ..transforms.check import voxel_volume_ml
 from ..transforms.registration import write_tfm
 from .dicom import save_dicom
@@ -51,11 +49,6 @@ class Case:
 def versions() -> dict[str, str]:
     """What a result was made with: this project and the packages that numbers depend on."""
     return {"uad-bundles": __version__} | {name: version(name) for name in ("torch", "monai", "numpy", "nibabel")}
-
-
-def volume_score(anomaly_map: torch.Tensor, brain: torch.Tensor) -> float:
-    """Score of a volume: the mean of the highest 1 % of the brain's map values."""
-    return float(top_mean(anomaly_map[brain.bool()]))
 
 
 # the outputs of a case of a BIDS dataset, after its entities
@@ -165,17 +158,13 @@ def save_lesions(lesions: list[dict[str, float]], path: Path) -> None:
 
 def describe(case: Case, threshold: float, calibration: Calibration, lesions: list[dict[str, float]]) -> dict[str, Any]:
     """What run.json says of a case beside the run itself."""
-    score = volume_score(case.anomaly_map.as_tensor(), case.brain.as_tensor())
-    brain_voxels = float(case.brain.sum())
+    volume = calibration.describe(case.anomaly_map.as_tensor(), case.brain.as_tensor(), threshold)
     warnings = []
-    share = float((case.anomaly_map > threshold).sum()) / brain_voxels
+    share = volume["abnormal_share"]
     if share > 0.2:
         warnings.append(f"{share:.0%} of the brain is above the threshold: the image may be unlike the training images")
     return {
-        "threshold": threshold,
-        "volume_score": score,
-        "volume_score_percentile": calibration.percentile(score) if calibration.is_fitted else None,
-        "abnormal_share": share,
+        **volume,
         "lesions": len(lesions),
         "lesion_volume_ml": round(sum(lesion["volume_ml"] for lesion in lesions), 4),
         "versions": versions(),

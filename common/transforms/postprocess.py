@@ -14,6 +14,7 @@ from monai.transforms import MapTransform, SpatialResample
 from monai.utils import convert_to_tensor
 from scipy import ndimage
 
+from ..calibration import Calibration
 from ..errors import BundleError
 from ..weights import load_weights
 from .check import voxel_volume_ml
@@ -97,6 +98,30 @@ class SegmentAnomaliesd(MapTransform):
         return result
 
 
+class ScoreVolumed(MapTransform):
+    """Add `result`, the volume in numbers (`Calibration.describe`), which MONAI Label returns as JSON beside the image.
+
+    Args:
+        weights: the bundle's weights, for the scores of the healthy.
+        keys: the map, on the input's grid.
+        mask_key: brain mask on the input's grid.
+    """
+
+    def __init__(self, weights: str | Path, keys: KeysCollection = "anomaly_map", mask_key: str = "brain") -> None:
+        super().__init__(keys)
+        self.weights = weights
+        self.mask_key = mask_key
+        self.calibration: Calibration | None = None
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the numbers. Raises BundleError."""
+        if self.calibration is None:
+            self.calibration = read_calibration(self.weights)
+        anomaly_map = data[self.keys[0]].as_tensor()
+        brain = data[self.mask_key].as_tensor().to(anomaly_map.device)
+        return dict(data) | {"result": self.calibration.describe(anomaly_map, brain, data["threshold"])}
+
+
 def segment(anomaly_map: np.ndarray, threshold: float, min_voxels: float) -> np.ndarray:
     """(H, W, D) -> uint8 {0, 1}: voxels above the threshold in 26-connected components of at least `min_voxels`."""
     labels, _ = ndimage.label(anomaly_map > threshold, structure=np.ones((3, 3, 3)))
@@ -105,11 +130,27 @@ def segment(anomaly_map: np.ndarray, threshold: float, min_voxels: float) -> np.
     return (sizes >= max(min_voxels, 1))[labels].astype(np.uint8)
 
 
+def read_calibration(weights: str | Path | None) -> Calibration:
+    """The calibration in a bundle's weights, fitted or not. Raises BundleError."""
+    state, prefix = load_weights(weights), "calibration."
+    calibration = Calibration()
+    calibration.load_state_dict({name: state[prefix + name] for name in calibration.state_dict()})
+    return calibration
+
+
 def calibrated_threshold(weights: str | Path | None) -> float:
     """The threshold in a bundle's weights. Raises BundleError where it was not fitted."""
-    threshold = float(load_weights(weights)["calibration.threshold"])
+    threshold = float(read_calibration(weights).threshold)
     if np.isnan(threshold):
         raise BundleError(
             weights, "the weights are not calibrated", "run the bundle's calibrate.json, or give a threshold"
         )
     return threshold
+
+
+def shipped_threshold(weights: str | Path) -> float | None:
+    """The same for configs, where viewers find it; None where there is none, which `SegmentAnomaliesd` will refuse."""
+    try:
+        return calibrated_threshold(weights)
+    except BundleError:
+        return None

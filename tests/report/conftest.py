@@ -11,6 +11,7 @@ from common.benchmark import write_benchmark
 from common.calibration import Calibration
 from common.handlers.evaluation import write_result
 from common.metrics import DetectionMetrics
+from common.metrics.paper_slices import PaperSlices
 from common.report.case import Case, write_case
 from common.report.preview import save_preview
 from common.weights import sha256
@@ -97,7 +98,8 @@ def benchmark_folder(tmp_path_factory):
         if kind == "method":
             time = {"seconds_per_volume": 2.0, "network_seconds_per_slice": 0.01, "slices_per_volume": 8.0}
             time |= {"peak_memory_mb": 500, "device": "cpu", "threads": 1}
-            results[key] |= {"threshold": 0.9, "run_time": time, "weights_sha256": "cd" * 32}
+            protocols = PaperSlices().compute()
+            results[key] |= {"protocols": protocols, "threshold": 0.9, "run_time": time, "weights_sha256": "cd" * 32}
         write_result(results[key], out / key / "result.json")
     write_benchmark(
         out, "cohort.csv", {"cohort_sha256": "ef" * 32, "seed": 0}, results, {"vae": "no </script> weights"}

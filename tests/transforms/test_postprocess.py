@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from monai.data import MetaTensor
 
 from common.calibration import Calibration
 from common.errors import BundleError
-from common.transforms.postprocess import SegmentAnomaliesd, SplitPredictiond, segment
+from common.transforms.postprocess import ScoreVolumed, SegmentAnomaliesd, SplitPredictiond, segment, shipped_threshold
 from common.weights import save_weights
 
 AFFINE = np.diag([2.0, 2.0, 2.0, 1.0])
@@ -75,6 +77,34 @@ def test_threshold_comes_from_the_weights(tmp_path):
         SegmentAnomaliesd(weights=tmp_path / "none.pt")({"pred": make_map()})
     with pytest.raises(ValueError, match="threshold"):
         SegmentAnomaliesd()
+
+
+def test_configs_show_the_threshold_if_there_is_one(tmp_path):
+    calibration = Calibration()
+    path = tmp_path / "model.pt"
+    assert shipped_threshold(path) is None
+    save_weights({f"calibration.{name}": value for name, value in calibration.state_dict().items()}, path)
+    assert shipped_threshold(path) is None
+    calibration.fit(0.3, 0.01, torch.rand(12))
+    save_weights({f"calibration.{name}": value for name, value in calibration.state_dict().items()}, path)
+    assert shipped_threshold(path) == 0.3
+
+
+def test_score_is_json(tmp_path):
+    """27 + 4 + 1 voxels of 0.5; the brain is the half with the 27, of which the highest 1 % are 9 of them."""
+    calibration = Calibration()
+    calibration.fit(0.2, 0.01, torch.linspace(0.3, 0.7, 101))
+    path = tmp_path / "model.pt"
+    save_weights({f"calibration.{name}": value for name, value in calibration.state_dict().items()}, path)
+    brain = MetaTensor(torch.arange(12).view(1, 12, 1, 1).expand(1, 12, 12, 12) >= 6, affine=AFFINE)
+    anomaly_map = make_map() * brain
+    data = {"anomaly_map": anomaly_map, "brain": brain, "threshold": 0.3}
+    result = json.loads(json.dumps(ScoreVolumed(path)(data)["result"]))
+    share, percentile = 27 / (6 * 12 * 12), 100 * 50 / 101
+    assert result["threshold"] == 0.3
+    assert result["volume_score"] == pytest.approx(0.5)
+    assert result["volume_score_percentile"] == pytest.approx(percentile, abs=1)
+    assert result["abnormal_share"] == pytest.approx(share)
 
 
 def test_split():
