@@ -224,7 +224,7 @@ def _oriented(volume: MetaTensor) -> MetaTensor:
 
 
 def _ras(volume: MetaTensor) -> Tensor:
-    return _oriented(volume.to(torch.float32)).as_tensor().cpu()
+    return _oriented(cast(MetaTensor, volume.to(torch.float32))).as_tensor().cpu()
 
 
 def fit_mean_image(

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from monai.networks.layers import gaussian_1d, separable_filtering
 from torch import Tensor, nn
 
 from ..calibration import Calibration
-from ..errors import BundleError
-from ..methods.base import AnomalyDetector
+from ..errors import BundleError, SettingError
+from ..methods.base import AnomalyDetector, foreground_of
 
 
 class VolumeDetector(nn.Module):
@@ -26,6 +27,11 @@ class VolumeDetector(nn.Module):
         axis: spatial axis along which slices are taken; 2 is axial for volumes in RAS.
         batch_size: slices at a time; the result does not depend on it.
         seed: with the index of a slice, the only source of randomness.
+        num_seeds: walks from as many seeds, the first of which is `seed`, are averaged; of use to random methods only.
+        mirror: the result for the mirrored slices (the first of their axes, left and right in RAS) is averaged in.
+        sigma_px: Gaussian smoothing of the map in three dimensions, in voxels, within the foreground; 0 for none.
+
+    Raises SettingError where a number is out of its range.
     """
 
     preparation: Tensor
@@ -37,12 +43,21 @@ class VolumeDetector(nn.Module):
         axis: int = 2,
         batch_size: int = 16,
         seed: int = 0,
+        num_seeds: int = 1,
+        mirror: bool = False,
+        sigma_px: float = 0.0,
     ) -> None:
         super().__init__()
+        if num_seeds < 1 or sigma_px < 0:
+            fact = f"num_seeds = {num_seeds}, sigma_px = {sigma_px}"
+            raise SettingError("VolumeDetector", fact, "choose at least one seed, and a sigma of 0 or more")
         self.detector = detector
         self.axis = axis
         self.batch_size = batch_size
         self.seed = seed
+        self.num_seeds = num_seeds
+        self.mirror = mirror
+        self.sigma_px = sigma_px
         self.calibration = Calibration()
         self.preparation_names = sorted(preparation or {})
         values = [float((preparation or {})[name]) for name in self.preparation_names]
@@ -57,8 +72,21 @@ class VolumeDetector(nn.Module):
         indices = (slices > 0).flatten(1).any(dim=1).nonzero().flatten()
         result = slices.new_zeros(len(slices), 1 + slices.shape[1], *slices.shape[2:])
         for batch in indices.split(self.batch_size) if len(indices) else ():
-            result[batch] = self._detect(slices[batch], seeds=self.seed * 1_000_003 + batch % count)
-        return result.unflatten(0, (len(image), count)).movedim(1, self.axis + 2).contiguous()
+            result[batch] = self._views(slices[batch], batch % count)
+        result = result.unflatten(0, (len(image), count)).movedim(1, self.axis + 2).contiguous()
+        if self.sigma_px > 0:
+            result[:, :1] = smoothed_within(result[:, :1], foreground_of(image), self.sigma_px)
+        return result
+
+    def _views(self, slices: Tensor, positions: Tensor) -> Tensor:
+        """The mean over seeds and mirror images."""
+        total, count = torch.zeros(()), 0
+        for seed in range(self.seed, self.seed + self.num_seeds):
+            seeds = seed * 1_000_003 + positions
+            total, count = total + self._detect(slices, seeds), count + 1
+            if self.mirror:
+                total, count = total + self._detect(slices.flip(2), seeds).flip(2), count + 1
+        return total / count
 
     def _detect(self, slices: Tensor, seeds: Tensor) -> Tensor:
         height, width = slices.shape[2:]
@@ -66,6 +94,14 @@ class VolumeDetector(nn.Module):
         padded = F.pad(slices, (0, -width % divisor, 0, -height % divisor))
         detection = self.detector.detect(padded, seeds=seeds)
         return torch.cat([detection.anomaly_map, detection.reconstruction], dim=1)[..., :height, :width]
+
+
+def smoothed_within(anomaly_map: Tensor, foreground: Tensor, sigma_px: float) -> Tensor:
+    """Gaussian mean of the foreground's voxels only, 0 outside: (B, 1, H, W, D) float and bool -> float."""
+    kernel = gaussian_1d(torch.tensor(sigma_px), truncated=3.0, approx="sampled", normalize=True).to(anomaly_map)
+    weights = foreground.to(anomaly_map.dtype)
+    total, weight = (separable_filtering(x, [kernel] * 3) for x in (anomaly_map * weights, weights))
+    return torch.where(foreground, total / weight.clamp(min=torch.finfo(weight.dtype).tiny), 0)
 
 
 def _check_preparation(module: VolumeDetector, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

@@ -56,10 +56,9 @@ EXPLAINED = {
     "found or true by any overlap, and paired one to one by IoU.",
     "Lesions by size": "Share of the lesions that the segmentation touches, and of their voxels that it holds.",
     "Difference to the best": "The method minus the best, in the same resamples of the subjects.",
-    "Protocols of the papers": "Their rules on the slices of this cohort, for comparison with their tables; see "
-    "`common/metrics/paper_slices.py`. Best: an oracle, the labels choose the threshold. Masked Bernoulli: mean and "
-    "standard deviation over slices with lesion; MAD-AD S1 and AutoDDPM: the middle slices; S2: the slice of the largest "
-    "lesion.",
+    "Protocols of the papers": "Their rules on this cohort's slices, see `common/metrics/paper_slices.py`. Best: an "
+    "oracle, the labels choose the threshold. Masked Bernoulli: mean and standard deviation over slices with lesion; "
+    "MAD-AD S1 and AutoDDPM: the middle slices; S2: the slice of the largest lesion of each subject.",
     "Run time": "Each method in a process of its own; memory is the highest resident set while a case is read, "
     "detected and brought back to its grid.",
 }

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import BundleError
+from common.errors import BundleError, SettingError
 from common.methods.base import AnomalyDetector, noise_like
-from common.networks.volume import VolumeDetector
+from common.networks.volume import VolumeDetector, smoothed_within
 from common.weights import load_weights, save_weights
 
 PREPARATION = {"spacing_mm": 2.0, "upper": 0.8, "percentile": 98.0}
@@ -172,3 +172,44 @@ def test_refused_weights_inside_another_module_and_in_a_copy():
     for module in (outer, copy.deepcopy(outer)):
         with pytest.raises(BundleError, match="other settings"):
             module.load_state_dict(state)
+
+
+def test_seeds_are_averaged():
+    image = volume(1, 1, 4, 4, 3)
+    single = [network(seed=seed)(image) for seed in (3, 4, 5)]
+    torch.testing.assert_close(network(seed=3, num_seeds=3)(image), torch.stack(single).mean(0))
+    assert not torch.equal(single[0], single[1])
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_mirror_images_are_averaged(axis):
+    image = volume(1, 1, 4, 8, 4)
+    side = 3 if axis == 0 else 2  # the first axis of a slice
+    plain, other = network(axis=axis)(image), network(axis=axis)(image.flip(side)).flip(side)
+    torch.testing.assert_close(network(axis=axis, mirror=True)(image), (plain + other) / 2)
+    assert not torch.equal(plain, other)
+
+
+def test_smoothing_is_the_mean_of_the_foreground_around():
+    image = volume(1, 1, 8, 8, 9)
+    image[..., :4, :] = 0
+    image[..., 4] = 0
+    plain, smooth = network()(image), network(sigma_px=1.5)(image)
+    inside = image[0, 0] > 0
+    gaussian = torch.exp(-0.5 * (torch.arange(9.0) / 1.5) ** 2)
+    at = torch.tensor([4, 5, 7])
+    distance = (torch.stack(torch.meshgrid(*map(torch.arange, inside.shape), indexing="ij"), -1) - at).abs()
+    weight = gaussian[distance].prod(-1) * inside * (distance <= 4).all(-1)  # truncated at 3 sigma, 4.5 voxels
+    expected = (plain[0, 0] * weight).sum() / weight.sum()
+    assert smooth[0, 0, 4, 5, 7] == pytest.approx(float(expected), rel=2e-3)
+    assert (smooth[0, 0][~inside] == 0).all()
+    assert torch.equal(smooth[:, 1:], plain[:, 1:])
+    constant = torch.ones(1, 1, 4, 4, 4)
+    constant[..., 0] = 0
+    torch.testing.assert_close(smoothed_within(3 * constant, constant > 0, 2.0), 3 * constant)
+
+
+@pytest.mark.parametrize("wrong", [{"num_seeds": 0}, {"sigma_px": -1.0}])
+def test_numbers_out_of_range(wrong):
+    with pytest.raises(SettingError, match=next(iter(wrong))):
+        network(**wrong)
