@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .bundle import BUNDLES_DIR, available_bundles, load_workflow, metadata
+from .bundle import BUNDLES_DIR, available_bundles, checked_items, load_workflow, metadata
 from .data.cohort import cohort_modalities, read_cohort
 from .data.labelled import check_labelled_cohort
 from .errors import CohortError
@@ -30,6 +31,27 @@ from .weights import digest, sha256
 RESULT = "result.json"
 Options = Mapping[str, str | bool]
 LONG = ("curves", "slice_scores", "replicates")  # for pictures and comparisons: in the method's result.json only
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A bundle, and items of its inference.json that are other than shipped; the threshold stays the shipped one."""
+
+    bundle: str
+    items: tuple[str, ...] = ()  # ITEM=VALUE
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """From `BUNDLE[:ITEM=VALUE,...]`. Raises BundleError or SettingError."""
+        bundle, _, rest = text.partition(":")
+        items = tuple(part for part in rest.split(",") if part)
+        checked_items(bundle, items)
+        return cls(bundle, items)
+
+    @property
+    def key(self) -> str:
+        """Its name in tables and folders."""
+        return re.sub(r"[^\w.=+-]+", "_", " ".join([self.bundle, *self.items]))
 
 
 class MethodFailedError(Exception):
@@ -50,12 +72,15 @@ def run_benchmark(
     fails stops none of the others. The cohort is checked before the first runs.
 
     Args:
-        methods: keys of bundles; by default all whose modalities are columns of the cohort.
+        methods: keys of bundles, with other settings after a colon, see `Variant.parse`; by default all bundles whose
+            modalities are columns of the cohort.
         needs_healthy: whether a cohort without healthy test subjects is refused.
         options: of `uad evaluate`, by their names: `device`, `strip`, `register`; those left out are its defaults.
-    Raises CohortError or BundleError.
+    Raises CohortError, BundleError or SettingError.
     """
-    keys = fitting_bundles(cohort, methods)
+    chosen = [Variant.parse(method) for method in methods]
+    keys = fitting_bundles(cohort, sorted({variant.bundle for variant in chosen}))
+    variants = sorted(chosen or map(Variant, keys), key=lambda variant: variant.key)
     used = sorted({modality for key in keys for modality in metadata(key)["modalities"]})
     check_labelled_cohort(cohort, used, needs_healthy)
     options = dict(options or {})
@@ -63,11 +88,12 @@ def run_benchmark(
     identity = {"cohort_sha256": cohort_digest(cohort, used), "seed": seed, "options": settings}
     results = measure_baselines(cohort, output, keys, identity)
     failed: dict[str, str] = {}
-    for key in keys:
-        weights = BUNDLES_DIR / key / "models" / "model.pt"
-        own = {**identity, "weights_sha256": sha256(weights) if weights.is_file() else None}
+    for variant in variants:
+        key, weights = variant.key, BUNDLES_DIR / variant.bundle / "models" / "model.pt"
+        own = {**identity, "bundle": variant.bundle, "items": list(variant.items)}
+        own["weights_sha256"] = sha256(weights) if weights.is_file() else None
         try:
-            results[key] = finished(output / key, own) or evaluate_apart(key, cohort, output / key, own, options)
+            results[key] = finished(output / key, own) or evaluate_apart(variant, cohort, output / key, own, options)
         except MethodFailedError as error:
             failed[key] = str(error)
     write_benchmark(output, cohort.name, identity, results, failed)
@@ -143,15 +169,16 @@ def run_baselines(cohort: Path, key: str, identity: Mapping[str, Any]) -> dict[s
 
 
 def evaluate_apart(
-    key: str, cohort: Path, folder: Path, identity: Mapping[str, Any], options: Options
+    variant: Variant, cohort: Path, folder: Path, identity: Mapping[str, Any], options: Options
 ) -> dict[str, Any]:
     """`uad evaluate` in a process of its own: neither memory nor a crash is shared. Raises MethodFailedError."""
     evaluation, started = folder.resolve() / ".evaluation.json", time.perf_counter()
     flags = []
     for name, value in options.items():
         flags += [f"--{name}", value] if isinstance(value, str) else [f"--{name}" if value else f"--no-{name}"]
-    command = [sys.executable, "-m", __package__, "evaluate", str(cohort.resolve()), "-m", key, "-o", str(evaluation)]
-    command += ["--seed", str(identity["seed"]), "--no-baselines", *flags]
+    command = [sys.executable, "-m", __package__, "evaluate", str(cohort.resolve()), "-o", str(evaluation)]
+    command += ["-m", variant.bundle, "--seed", str(identity["seed"]), "--no-baselines", *flags]
+    command += [f"--set={item}" for item in variant.items]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).unlink(missing_ok=True)  # of other weights, of another cohort
     done = subprocess.run(  # noqa: S603 - this program
@@ -160,13 +187,14 @@ def evaluate_apart(
     seconds = time.perf_counter() - started
     if done.returncode or not evaluation.is_file():
         message = (done.stderr.strip().splitlines() or [f"ended with exit code {done.returncode}"])[-1]
-        say(f"{key}: failed after {seconds:.0f} s: {message}")
+        say(f"{variant.key}: failed after {seconds:.0f} s: {message}")
         raise MethodFailedError(message)
     result = json.loads(evaluation.read_text(encoding="utf-8"))
-    result |= {"key": key, "kind": "method", "modalities": metadata(key)["modalities"], **identity}
+    modalities = metadata(variant.bundle)["modalities"]
+    result |= {"key": variant.key, "kind": "method", "modalities": modalities, **identity}
     write_result(result, folder / RESULT)
     evaluation.unlink()
-    say(f"{key}: {seconds:.0f} s")
+    say(f"{variant.key}: {seconds:.0f} s")
     return result
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 
-from .errors import BundleError
+from .errors import BundleError, SettingError
 from .transforms.check import typed_errors
 
 BUNDLES_DIR = Path(__file__).resolve().parent.parent / "bundles"
@@ -79,6 +80,36 @@ def load_workflow(name: str, configs: list[str], workflow_type: str = "infer", *
         bundle_root=str(root),
         **override,
     )
+
+
+def parse_items(texts: Iterable[str]) -> dict[str, Any]:
+    """Config items from `id=value`; a value is JSON, or else text. Raises SettingError."""
+    items = {}
+    for text in texts:
+        item, equals, value = text.partition("=")
+        if not (item and equals):
+            raise SettingError(text, "is not ITEM=VALUE", "write, for example, network_def::sigma_px=1")
+        try:
+            items[item] = json.loads(value)
+        except ValueError:
+            items[item] = value
+    return items
+
+
+def check_items(parser: ConfigParser, items: Iterable[str]) -> None:
+    """Raises SettingError for an item that neither is in a config nor can be a new argument of an object there."""
+    for item in items:
+        if (item.rpartition("::")[0] or item) not in parser:
+            raise SettingError(item, "the bundle's configs have no such item", "see its configs/inference.json")
+
+
+def checked_items(name: str, texts: Iterable[str]) -> dict[str, Any]:
+    """`parse_items` for the inference of a bundle. Raises SettingError or BundleError."""
+    metadata(name)
+    items, parser = parse_items(texts), ConfigParser()
+    parser.read_config(str(BUNDLES_DIR / name / "configs" / "inference.json"))
+    check_items(parser, items)
+    return items
 
 
 def run_inference(name: str, configs: list[str], **override: Any) -> None:

@@ -22,6 +22,7 @@ from .benchmark import run_benchmark
 from .bundle import (
     BUNDLES_DIR,
     available_bundles,
+    checked_items,
     describe_bundle,
     load_workflow,
     metadata,
@@ -102,6 +103,10 @@ StripHow = Annotated[
 Register = Annotated[
     bool | None, typer.Option("--register/--no-register", help="Work in MNI152 space. Default: what the bundle wants.")
 ]
+Items = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="ITEM=VALUE", help="Of the bundle's inference.json, such as L=300; may be repeated."),
+]
 
 
 @app.callback()
@@ -133,6 +138,7 @@ def detect(
     output_format: Annotated[
         Format, typer.Option("--format", help="dicom-seg: for DICOM input write DICOM objects too.")
     ] = Format.NIFTI,
+    items: Items = None,
 ) -> None:
     """Write an anomaly map, a segmentation and a pseudo-healthy reconstruction of each scan, on its own grid.
 
@@ -140,13 +146,13 @@ def detect(
     """
     with _one_line_errors():
         mask = None if brain_mask is None else str(brain_mask)
-        items = find_cases(image, metadata(method)["modalities"], mask, series, participant_label or ())
-        override = _override(seed, device, weights, strip, register)
+        cases = find_cases(image, metadata(method)["modalities"], mask, series, participant_label or ())
+        override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         override |= {"network_def::batch_size": batch_size, "handlers::1::dicom": output_format is Format.DICOM_SEG}
         with typed_errors():
             workflow = load_workflow(method, ["inference.json"], output_dir=str(output.resolve()), **override)
             workflow.initialize()
-            failed = detect_cases(workflow, items, _chosen_part(part), overwrite)
+            failed = detect_cases(workflow, cases, _chosen_part(part), overwrite)
     if failed:
         raise typer.Exit(FAILED)
 
@@ -189,10 +195,11 @@ def evaluate(
     device: Device = "auto",
     weights: Weights = None,
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure these too.")] = True,
+    items: Items = None,
 ) -> None:
     """Measure a method on the test subjects of a labelled cohort, beside the baselines that cost nothing."""
     with _one_line_errors():
-        override = _override(seed, device, weights, strip, register)
+        override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         if not baselines:
             override |= {"handlers::1::baselines": False, "handlers::1::mean_image": None}
         paths = {"cohort": str(cohort.resolve()), "result": str(output.resolve())}
@@ -214,7 +221,8 @@ def benchmark(
     cohort: Cohort,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results and the tables.")],
     method: Annotated[
-        list[str] | None, typer.Option("-m", "--method", help="May be repeated. Default: all that fit.")
+        list[str] | None,
+        typer.Option("-m", "--method", help="METHOD[:ITEM=VALUE,...]; may be repeated. Default: all that fit."),
     ] = None,
     strip: StripHow = None,
     register: Register = None,
@@ -228,7 +236,7 @@ def benchmark(
     with _one_line_errors():
         options = {"device": device, "strip": strip and strip.value, "register": register}
         given = {name: value for name, value in options.items() if value is not None}
-        failed = run_benchmark(cohort, output, [_known(key) for key in method or ()], seed, not no_healthy, given)
+        failed = run_benchmark(cohort, output, method or (), seed, not no_healthy, given)
     print(f"{output / 'benchmark.md'}: the tables")
     if failed:
         raise typer.Exit(FAILED)

@@ -27,8 +27,9 @@ from monai.bundle import ConfigParser
 from monai.transforms import Orientation
 from torch import Tensor
 
-from common.bundle import BUNDLES_DIR
+from common.bundle import BUNDLES_DIR, check_items, parse_items
 from common.data.cohort import cohort_modalities, read_cohort
+from common.errors import SettingError
 from common.files import replacing
 from common.methods.base import foreground_of, top_mean
 from common.metrics import intensity_threshold, latent_ddpm_sprites
@@ -59,9 +60,15 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Slices at a time.")] = 50,
 ) -> None:
     """Measure each row on each cohort."""
+    try:
+        rows = [Row.parse(text) for text in row]
+        for one in rows:
+            one.parser()
+    except SettingError as error:
+        raise typer.BadParameter(str(error)) from None
     names = [path.resolve().name for path in cohorts]
     results = [intensity_row(cohorts, direction) for direction in ("bright", "dark")]
-    results += [measure(Row.parse(text), cohorts, torch.device(device), batch_size) for text in row]
+    results += [measure(one, cohorts, torch.device(device), batch_size) for one in rows]
     result = {"cohorts": names, "device": device, "batch_size": batch_size, "rows": results, "versions": versions()}
     for path, text in ((output, json.dumps(result, indent=2)), (output.with_suffix(".md"), table(results))):
         with replacing(path) as temporary:
@@ -82,16 +89,8 @@ class Row:
         name, _, rest = text.partition(":")
         config = Path(name) if name.endswith(".json") else BUNDLES_DIR / name / "configs" / "inference.json"
         if not config.is_file():
-            raise typer.BadParameter(f"{name!r} is neither a bundle nor an inference.json")
-        items = {}
-        for item, equals, value in (part.partition("=") for part in rest.split(",") if part):
-            if not equals:
-                raise typer.BadParameter(f"{item!r} in {text!r} has no value")
-            try:
-                items[item] = json.loads(value)
-            except ValueError:
-                items[item] = value
-        return cls(config, items)
+            raise SettingError(name, "is neither a bundle nor an inference.json", "see `uad list`")
+        return cls(config, parse_items(part for part in rest.split(",") if part))
 
     @property
     def name(self) -> str:
@@ -104,9 +103,8 @@ class Row:
         """The config with the other items."""
         parser = ConfigParser()
         parser.read_config(self.config)
+        check_items(parser, self.items)
         for item, value in self.items.items():
-            if (item.rpartition("::")[0] or item) not in parser:  # of an object arguments may be new
-                raise typer.BadParameter(f"{self.config} has no item {item!r}")
             parser[item] = value
         return parser
 

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from common import benchmark
+from common.benchmark import Variant
 from common.bundle import BUNDLES_DIR, available_bundles, metadata
 from common.cli import app
 from common.errors import BundleError, CohortError
@@ -114,8 +115,8 @@ def test_images_that_change_are_measured_again(cohort, tmp_path):
 
 
 def test_a_method_that_fails_stops_no_other(measured, cohort, monkeypatch, capsys):
-    def fails(key, *_):
-        raise benchmark.MethodFailedError(f"{key} is broken")
+    def fails(variant, *_):
+        raise benchmark.MethodFailedError(f"{variant.key} is broken")
 
     monkeypatch.setattr(benchmark, "evaluate_apart", fails)
     other = next(key for key in available_bundles() if metadata(key)["modalities"] == ["T1"] and key < METHOD)
@@ -132,7 +133,9 @@ def test_a_method_that_fails_stops_no_other(measured, cohort, monkeypatch, capsy
 def test_evaluation_that_breaks_is_said_in_one_line(cohort, tmp_path):
     identity = {"seed": 0}
     with pytest.raises(benchmark.MethodFailedError, match=r"CohortError: .*no such cohort CSV"):
-        benchmark.evaluate_apart(METHOD, cohort.with_name("none.csv"), tmp_path / METHOD, identity, {"device": "cpu"})
+        benchmark.evaluate_apart(
+            Variant(METHOD), cohort.with_name("none.csv"), tmp_path / METHOD, identity, {"device": "cpu"}
+        )
     assert not list((tmp_path / METHOD).iterdir())
 
 
@@ -165,3 +168,34 @@ def test_cells(metric, text):
 def test_labels_of_sizes():
     labels = [size_label(bounds) for bounds in ([0.0, 0.1], [0.1, 1.0], [1.0, 10.0], [10.0, None])]
     assert labels == ["< 0.1 ml", "0.1-1 ml", "1-10 ml", "> 10 ml"]
+
+
+def test_a_variant_of_a_bundle_has_a_row_of_its_own(measured, cohort):
+    before = (measured / "benchmark.json").read_bytes()
+    smooth = f"{METHOD}:network_def::sigma_px=2,network_def::mirror=true"
+    done = CliRunner().invoke(
+        app, ["benchmark", str(cohort), "-o", str(measured), "-m", METHOD, "-m", smooth, "--seed", "3"]
+    )
+    assert done.exit_code == 0, done.output
+    methods = {method["key"]: method for method in read(measured / "benchmark.json")["methods"]}
+    key = f"{METHOD}_network_def_sigma_px=2_network_def_mirror=true"
+    assert {METHOD, key} <= set(methods)
+    assert methods[key]["items"] == ["network_def::sigma_px=2", "network_def::mirror=true"]
+    assert methods[key]["auprc"]["value"] != methods[METHOD]["auprc"]["value"]
+    assert (measured / key / "result.json").is_file()
+    (measured / "benchmark.json").write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("vae:nonsense=1", "nonsense: the bundle's configs have no such item"),
+        ("vae:sigma", "sigma: is not ITEM=VALUE"),
+        ("nonsense:sigma=1", "nonsense: no such bundle"),
+    ],
+)
+def test_settings_that_there_are_not(cohort, tmp_path, method, message):
+    done = CliRunner().invoke(app, ["benchmark", str(cohort), "-o", str(tmp_path), "-m", method])
+    assert done.exit_code != 0
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
