@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from ignite.engine import Engine, Events
@@ -16,13 +16,15 @@ from monai.engines import IterationEvents
 from monai.handlers import CheckpointLoader
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..distributed import is_main_process
 from ..files import replacing
 from ..networks.latent_space import LatentSpace
 from ..networks.volume import VolumeDetector
 from ..weights import load_into, save_weights
+
+SLICES_FOR_SCALE = 1024
 
 
 class ExponentialMovingAverage(AveragedModel):
@@ -151,12 +153,12 @@ class SaveWeights(_WhenCompleted):
 
 
 class SaveAutoencoder(_WhenCompleted):
-    """Write a latent space, its scale fitted on the training images.
+    """Write a latent space, its scale fitted on training slices.
 
     Args:
         latent_space: holds the trained autoencoder.
         average: of an `AutoencoderObjective`.
-        dataset: training slices, for the scale.
+        dataset: training slices, of which up to `SLICES_FOR_SCALE` at even distances are used.
         path: weights file.
     """
 
@@ -172,11 +174,12 @@ class SaveAutoencoder(_WhenCompleted):
         """Fit the scale and write the file."""
         space = self.latent_space
         space.autoencoder.load_state_dict(self.average.module.autoencoder.state_dict())
-        device = space.scale.device
+        device, count = space.scale.device, len(cast(Sized, self.dataset))
+        some = Subset(self.dataset, range(0, count, -(-count // SLICES_FOR_SCALE)))
         with torch.no_grad():
             means = [
                 space.autoencoder.encode(batch["image"].to(device) * 2 - 1)[0]
-                for batch in DataLoader(self.dataset, batch_size=64)
+                for batch in DataLoader(some, batch_size=64)
             ]
         space.fit_scale(torch.cat(means))
         save_weights(space.state_dict(), self.path)
