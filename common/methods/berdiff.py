@@ -68,7 +68,11 @@ class BerDiff(AnomalyDetector):
             "soft": their probabilities. "soft_unstitched": those without the mask, which the last step then does not
             extend (published code).
         median_size: side of the median window over the map, odd; 5 as in the paper's evaluation, 1 for none.
-        num_passes: random walks, over which map, reconstruction and score are averaged.
+        num_passes: random walks; their reconstructions and scores are averaged.
+        combine: the map of several walks. "maps": mean of their squared differences. "reconstructions": squared
+            difference to their mean. "mahalanobis": that over their variance, so that what no two walks draw alike
+            counts less (Behrendt et al., 2024, pixel by pixel).
+        regularisation: added to the variance in "mahalanobis".
         noise_index_offset: 1 noises once more than is walked back, as the published code does.
         batch_size: slices that the encoder and the U-Net take at a time, see `in_equal_batches`.
 
@@ -87,13 +91,15 @@ class BerDiff(AnomalyDetector):
         final: Literal["sample", "threshold", "soft", "soft_unstitched"] = "sample",
         median_size: int = 5,
         num_passes: int = 1,
+        combine: Literal["maps", "reconstructions", "mahalanobis"] = "maps",
+        regularisation: float = 0.01,
         noise_index_offset: int = 0,
         batch_size: int = 8,
     ) -> None:
         super().__init__()
-        if not 0 <= P < 1 or min(num_passes, batch_size) < 1:
-            fact = f"P = {P}, num_passes = {num_passes}, batch_size = {batch_size}"
-            raise SettingError("BerDiff", fact, "choose P in [0, 1) and at least 1 of the others")
+        if not 0 <= P < 1 or min(num_passes, batch_size) < 1 or regularisation <= 0:
+            fact = f"P = {P}, num_passes = {num_passes}, batch_size = {batch_size}, regularisation = {regularisation}"
+            raise SettingError("BerDiff", fact, "choose P in [0, 1), at least 1 of the next two, and the last above 0")
         if not 0 <= L - 1 + noise_index_offset < scheduler.num_train_timesteps:
             fact = f"L = {L} with offset {noise_index_offset} is outside the schedule"
             raise SettingError("BerDiff", fact, f"choose 1 to {scheduler.num_train_timesteps}")
@@ -106,6 +112,8 @@ class BerDiff(AnomalyDetector):
         self.final = final
         self.median_size = median_size
         self.num_passes = num_passes
+        self.combine = combine
+        self.regularisation = regularisation
         self.noise_index_offset = noise_index_offset
         self.batch_size = batch_size
         self.size_divisor = latent_space.downsampling * size_divisor(unet)
@@ -114,18 +122,23 @@ class BerDiff(AnomalyDetector):
         image = convert_to_tensor(image, track_meta=False)  # the meta data of a batch does not survive its splitting
         p = in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image)
         passes = [self.one_pass(image, p, generators) for _ in range(self.num_passes)]
-        anomaly_map, *others = (torch.stack(part).mean(0) for part in zip(*passes, strict=True))
-        return median(anomaly_map, self.median_size), *others
+        x_hat, score = (torch.stack(part) for part in zip(*passes, strict=True))
+        return median(self.anomaly_map(image, x_hat), self.median_size), x_hat.mean(0), score.mean(0)
 
-    def one_pass(self, image: Tensor, p: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
-        """Map (B, 1, H, W), the sum over channels of (x - x_hat)^2; x_hat (B, C, H, W); share of masked entries (B,).
-
-        p: (B, N, h, w), P(z = 1) of the image.
-        """
+    def one_pass(self, image: Tensor, p: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Reconstruction x_hat (B, C, H, W) and the share of masked entries (B,); p: (B, N, h, w), P(z = 1)."""
         threshold = uniform_like(p, generators) if self.encoding == "sample" else 0.5
         code, mask = self.walk((p > threshold).to(image.dtype), generators)
-        x_hat = self.latent_space.decode(code).clamp(0, 1)
-        return (image - x_hat).square().sum(1, keepdim=True), x_hat, mask.flatten(1).float().mean(1)
+        return self.latent_space.decode(code).clamp(0, 1), mask.flatten(1).float().mean(1)
+
+    def anomaly_map(self, image: Tensor, x_hat: Tensor) -> Tensor:
+        """Of one or more reconstructions (passes, B, C, H, W): (B, 1, H, W), the sum over channels."""
+        if self.combine == "maps":
+            return (image - x_hat).square().mean(0).sum(1, keepdim=True)
+        distance = (image - x_hat.mean(0)).square()
+        if self.combine == "mahalanobis":
+            distance = distance / (x_hat.var(0, correction=0) + self.regularisation)
+        return distance.sum(1, keepdim=True)
 
     def walk(self, z: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Noise z and walk back: the code to decode, and the mask of what may differ from z, bool; all (B, N, h, w)."""

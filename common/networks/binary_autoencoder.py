@@ -104,7 +104,8 @@ class StridedBinaryAutoencoder(BernoulliAutoencoder):
 
     Args:
         channels: width of each level, each of which halves the resolution.
-        latent_channels: bits a cell, N; 16 on cells of 4 x 4 pixels are one bit a pixel (the paper has two).
+        latent_channels: bits a cell, N. The fewer, the less noise erases a lesion: where bits are redundant, a flip is
+            corrected from its neighbours. 16 on cells of 4 x 4 pixels are one bit a pixel; the paper has two.
         num_res_layers: residual units on each level.
     """
 

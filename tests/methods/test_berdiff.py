@@ -311,18 +311,24 @@ def test_bits_of_the_input_are_drawn_or_thresholded():
     assert not torch.equal(*decoded)
 
 
-def test_passes_are_averaged():
-    image, noise = slices(2), generators(1, 2)
-    detector = tiny(num_passes=3)
+@pytest.mark.parametrize("combine", ["maps", "reconstructions", "mahalanobis"])
+def test_passes_are_combined(combine):
+    image, noise = slices(2, channels=2), generators(1, 2)
+    detector = tiny(num_passes=3, combine=combine, regularisation=0.02, channels=2)
     p, _ = detector.latent_space.posterior(image)
     passes = [detector.one_pass(image, p, noise) for _ in range(3)]
     assert not torch.equal(passes[0][0], passes[1][0])
+    x_hat, score = (torch.stack(part) for part in zip(*passes, strict=True))
+    expected = {
+        "maps": ((image - x_hat) ** 2).mean(0),
+        "reconstructions": (image - x_hat.mean(0)) ** 2,
+        "mahalanobis": (image - x_hat.mean(0)) ** 2 / (((x_hat - x_hat.mean(0)) ** 2).mean(0) + 0.02),
+    }[combine].sum(1, keepdim=True)
     detection = detector.detect(image, seeds=torch.tensor([1, 2]))
-    anomaly_map, reconstruction, score = (torch.stack(part).mean(0) for part in zip(*passes, strict=True))
     foreground = image > 0
-    torch.testing.assert_close(detection.anomaly_map, anomaly_map * foreground)
-    torch.testing.assert_close(detection.reconstruction, reconstruction * foreground)
-    torch.testing.assert_close(detection.score, score)
+    torch.testing.assert_close(detection.anomaly_map, expected * foreground[:, :1])
+    torch.testing.assert_close(detection.reconstruction, x_hat.mean(0) * foreground)
+    torch.testing.assert_close(detection.score, score.mean(0))
 
 
 @pytest.mark.parametrize(
@@ -331,6 +337,7 @@ def test_passes_are_averaged():
         ({"P": -0.1}, "P = "),
         ({"P": 1.0}, "P = "),
         ({"num_passes": 0}, "num_passes"),
+        ({"regularisation": 0.0}, "regularisation"),
         ({"batch_size": 0}, "batch_size"),
         ({"L": 0, "num_inference_steps": None}, "L = 0"),
         ({"L": 1001}, "L = 1001"),
