@@ -107,6 +107,16 @@ def test_objects_belong_to_the_study(write_series, phantom, tmp_path):
     np.testing.assert_array_equal(np.sort(stored), np.sort(case.anomaly_map.numpy().ravel()))
 
 
+def test_objects_name_the_weights(write_series, phantom, tmp_path):
+    write_series(tmp_path / "in")
+    digest = "ab" * 32
+    save_dicom(*detected(tmp_path / "in", phantom), tmp_path / "out", "dae", "0.1.0", digest)
+    objects = {name: pydicom.dcmread(tmp_path / "out" / f"{name}.dcm") for name in NAMES}
+    assert [list(dataset.SoftwareVersions) for dataset in objects.values()] == [["0.1.0", digest]] * 2
+    (algorithm,) = objects["segmentation"].SegmentSequence[0].SegmentationAlgorithmIdentificationSequence
+    assert (algorithm.AlgorithmVersion, algorithm.AlgorithmParameters) == ("0.1.0", f"weights_sha256={digest}")
+
+
 def test_nothing_found_is_an_object_too(write_series, phantom, tmp_path):
     write_series(tmp_path / "in")
     case, series = detected(tmp_path / "in", phantom, empty=True)

@@ -1,0 +1,83 @@
+"""DICOM in, DICOM Segmentation, Parametric Map and a summary out: a bundle as an application of MONAI Deploy."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from monai.deploy.conditions import CountCondition
+from monai.deploy.core import Application
+from monai.deploy.operators import DICOMDataLoaderOperator, DICOMSeriesSelectorOperator
+from operators import AnomalyBundleOperator, ResultWriterOperator, SeriesToVolumeOperator
+
+from common.data.dicom import find_series
+from common.errors import BundleError
+
+CONFIG = Path(os.environ.get("HOLOSCAN_CONFIG_PATH", Path(__file__).with_name("app.yaml")))
+
+
+class AnomalyApp(Application):
+    """Load studies, select the series that the bundle wants, read it, detect, write.
+
+    Paths come from the command line (-i, -o, -m) or from HOLOSCAN_INPUT_PATH, HOLOSCAN_OUTPUT_PATH and
+    HOLOSCAN_MODEL_PATH, as in a MONAI Application Package. Raises UADError where an input is to blame.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.app_context = Application.init_app_context(self.argv)
+        # else the operator takes the SDK's stand-in for the model of a folder for a network
+        self.app_context.models = None
+        self.input_folder, self.output_folder = (
+            Path(path).resolve() for path in (self.app_context.input_path, self.app_context.output_path)
+        )
+        self.bundle = find_bundle(Path(self.app_context.model_path).resolve())
+        self.metadata = json.loads((self.bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
+        find_series(self.input_folder)  # refuses damaged files, on which the SDK's loader ends without saying so
+        self.config(str(CONFIG))
+
+    def compose(self) -> None:
+        """Connect the operators."""
+        settings = self.kwargs("detection")
+        rules = rules_of(CONFIG.parent / settings["rules"], self.metadata)
+        once = CountCondition(self, 1)
+        load = DICOMDataLoaderOperator(self, once, input_folder=self.input_folder, name="load")
+        select = DICOMSeriesSelectorOperator(self, rules=rules, all_matched=True, name="select")
+        read = SeriesToVolumeOperator(self, folder=self.input_folder, name="read")
+        detect = AnomalyBundleOperator(
+            self, app_context=self.app_context, bundle_path=self.bundle, strip=settings["strip"], name="detect"
+        )
+        write = ResultWriterOperator(
+            self, folder=self.output_folder, bundle=self.bundle, metadata=self.metadata, name="write"
+        )
+        self.add_flow(load, select, {("dicom_study_list", "dicom_study_list")})
+        self.add_flow(select, read, {("study_selected_series_list", "study_selected_series_list")})
+        self.add_flow(read, detect, {("image", "image")})
+        self.add_flow(detect, write, {("pred", "detection")})
+
+
+def find_bundle(folder: Path) -> Path:
+    """A bundle's folder: this one, or the only one in it, where a MONAI Application Package has it.
+
+    Raises BundleError.
+    """
+    candidates = [folder, *(sorted(folder.iterdir()) if folder.is_dir() else ())]
+    bundles = [path for path in candidates if (path / "configs" / "metadata.json").is_file()]
+    if len(bundles) != 1:
+        raise BundleError(folder, f"{len(bundles)} bundles in it", "give the folder of one bundle with -m")
+    return bundles[0]
+
+
+def rules_of(path: Path, metadata: dict[str, Any]) -> str:
+    """The selection of a bundle's modality, of the rules in a file, as the SDK's selector takes it.
+
+    Raises BundleError where there is none, and for bundles of several modalities.
+    """
+    modalities, selections = metadata["modalities"], json.loads(path.read_text(encoding="utf-8"))["selections"]
+    chosen = [selection for selection in selections if [selection["name"]] == modalities]
+    if len(chosen) != 1:
+        fact = f"needs {', '.join(modalities)}, for which there is no one selection in {path.name}"
+        raise BundleError(metadata["name"], fact, "choose a bundle of one modality, or add the selection")
+    return json.dumps({"selections": chosen})
