@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# A MONAI Label app with bundles of this repository, which it does not need any more:   prepare.sh APP KEY...
+set -euo pipefail
+app=${1:?usage: prepare.sh APP KEY...}
+
+mkdir -p "$app/model"
+cp "$(dirname "$0")/main.py" "$app"
+for key in "${@:2}"; do
+    uad export "$key" -o "$app/model"
+    rm "$app/model/$key.zip"
+done
