@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .bundle import BUNDLES_DIR, available_bundles, checked_items, load_workflow, metadata
+from .bundle import BUNDLES_DIR, available_bundles, checked_items, load_workflow, metadata, split_settings
 from .data.cohort import cohort_modalities, read_cohort
 from .data.labelled import check_labelled_cohort
 from .errors import CohortError
@@ -43,10 +43,9 @@ class Variant:
     @classmethod
     def parse(cls, text: str) -> Variant:
         """From `BUNDLE[:ITEM=VALUE,...]`. Raises BundleError or SettingError."""
-        bundle, _, rest = text.partition(":")
-        items = tuple(part for part in rest.split(",") if part)
+        bundle, items = split_settings(text)
         checked_items(bundle, items)
-        return cls(bundle, items)
+        return cls(bundle, tuple(items))
 
     @property
     def key(self) -> str:

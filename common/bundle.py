@@ -82,6 +82,12 @@ def load_workflow(name: str, configs: list[str], workflow_type: str = "infer", *
     )
 
 
+def split_settings(text: str) -> tuple[str, list[str]]:
+    """`NAME[:ITEM=VALUE,...]` as the name and its ITEM=VALUE parts, for `parse_items`."""
+    name, _, rest = text.partition(":")
+    return name, [part for part in rest.split(",") if part]
+
+
 def parse_items(texts: Iterable[str]) -> dict[str, Any]:
     """Config items from `id=value`; a value is JSON, or else text. Raises SettingError."""
     items = {}

@@ -27,7 +27,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import Orientation
 from torch import Tensor
 
-from common.bundle import BUNDLES_DIR, check_items, parse_items
+from common.bundle import BUNDLES_DIR, check_items, parse_items, split_settings
 from common.data.cohort import cohort_modalities, read_cohort
 from common.errors import SettingError
 from common.files import replacing
@@ -86,11 +86,11 @@ class Row:
     @classmethod
     def parse(cls, text: str) -> Row:
         """From `BUNDLE[:item=value,...]`; a value is JSON, or else text."""
-        name, _, rest = text.partition(":")
+        name, items = split_settings(text)
         config = Path(name) if name.endswith(".json") else BUNDLES_DIR / name / "configs" / "inference.json"
         if not config.is_file():
             raise SettingError(name, "is neither a bundle nor an inference.json", "see `uad list`")
-        return cls(config, parse_items(part for part in rest.split(",") if part))
+        return cls(config, parse_items(items))
 
     @property
     def name(self) -> str:
