@@ -2,11 +2,12 @@
 
     python scripts/evaluate_berdiff.py berdiff_glioma cohort.csv -o result.json [--split test] [--max-slices 200]
 
-For each noise level L, probability threshold P and number of network calls: Dice, AUPRC and PSNR under the protocol of
-`common.metrics.masked_bernoulli`, AUPRC of the pooled foreground, AUROC of the share of masked entries (slices with
-lesion against slices without), time and memory; beside them an intensity threshold, and 32 slices detected at once
-against one at a time. All is on the network's grid. Written: the JSON, and box plots of the share of masked entries as
-a PNG of the same name; the table is printed. L and P belong to the split "val": the paper chose them on its test set.
+For each noise level L, probability threshold P, number of network calls and of walks: Dice, AUPRC and PSNR under the
+protocol of `common.metrics.masked_bernoulli`, AUPRC of the pooled foreground, AUROC of the share of masked entries
+(slices with lesion against slices without), time and memory; beside them an intensity threshold, and 32 slices
+detected at once against one at a time. All is on the network's grid. Written: the JSON, and box plots of the share of
+masked entries as a PNG of the same name; the table is printed. L and P belong to the split "val": the paper chose
+them on its test set.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from common.transforms.load import load_lesion
 from common.weights import load_into, sha256
 
 BATCH = 32  # slices at once
+Setting = tuple[int, float, int, int]  # L, P, network calls, walks
 POOLED = ("auprc", "auroc", "max_dice_pooled")
 
 
@@ -76,9 +78,10 @@ def main(
     noise_levels: Annotated[list[int], typer.Option("-L", help="Noise steps.")] = [100, 200, 300],  # noqa: B006
     thresholds: Annotated[list[float], typer.Option("-P", help="0 masks all.")] = [0.0, 0.5],  # noqa: B006
     steps: Annotated[list[int], typer.Option(help="Network calls; 0: as many as L.")] = [20],  # noqa: B006
+    walks: Annotated[list[int], typer.Option(help="`num_passes`; the bundle's own if left out.")] = [],  # noqa: B006
     baseline: Annotated[str | None, typer.Option(help="Of the intensity threshold: FLAIR, or the first.")] = None,
     direction: Annotated[str, typer.Option(help="What is abnormal in it: bright or dark.")] = "bright",
-    max_slices: Annotated[int | None, typer.Option(help="Only so many, drawn with the seed.")] = None,
+    max_slices: Annotated[int | None, typer.Option(help="Only so many, half with lesions, drawn.")] = None,
     seed: Annotated[int, typer.Option(help="Of the detection and of the slices drawn.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
@@ -97,14 +100,15 @@ def main(
     detector = load_detector(parser, weights, device)
     slices = load_slices(cohort, modalities, split, parser.get_parsed_content("preprocessing"), seed)
     if max_slices is not None:
-        drawn = np.random.default_rng(seed).permutation(len(slices.image))[:max_slices]
-        slices = slices.take(torch.from_numpy(np.sort(drawn)))
+        slices = slices.take(drawn(slices.diseased.numpy(), max_slices, seed))
     if not slices.diseased.any() or slices.diseased.all():
         raise CohortError(
             cohort, f"no slices with and without lesion in split {split!r}", "take more, or another split"
         )
-    settings = [(L, P, n or L) for L, P, n in product(noise_levels, thresholds, steps)]
-    grid = [measure(detector, slices, L, P, n, seed) for L, P, n in tqdm(settings)]
+    settings = [
+        (L, P, n or L, m) for L, P, n, m in product(noise_levels, thresholds, steps, walks or [detector.num_passes])
+    ]
+    grid = [measure(detector, slices, setting, seed) for setting in tqdm(settings)]
     result = {
         "bundle": bundle,
         "split": split,
@@ -164,6 +168,14 @@ def load_slices(cohort: Path, modalities: list[str], split: Any, preprocessing: 
     )
 
 
+def drawn(diseased: np.ndarray, count: int, seed: int) -> Tensor:
+    """Indices of `count` slices at most, half of them diseased where there are as many; diseased: (N,) bool."""
+    rng = np.random.default_rng(seed)
+    sick, well = (rng.permutation(np.flatnonzero(which)) for which in (diseased, ~diseased))
+    half = min(len(sick), max(count // 2, count - len(well)))
+    return torch.from_numpy(np.sort(np.concatenate([sick[:half], well[: count - half]])))
+
+
 def detect(detector: BerDiff, slices: Slices, batch: int = BATCH) -> tuple[Detection, float]:
     """The detections of all slices, on the CPU, and the seconds that a slice took."""
     device = next(detector.parameters()).device
@@ -175,25 +187,23 @@ def detect(detector: BerDiff, slices: Slices, batch: int = BATCH) -> tuple[Detec
     return Detection(*(torch.cat(part) for part in zip(*parts, strict=True))), seconds
 
 
-def configure(detector: BerDiff, L: int, P: float, num_inference_steps: int) -> None:
+def configure(detector: BerDiff, setting: Setting) -> None:
     """Other settings of the same networks."""
+    L, detector.P, num_inference_steps, detector.num_passes = setting
     detector.scheduler.set_timesteps(num_inference_steps, L)
-    detector.P = P
 
 
-def measure(detector: BerDiff, slices: Slices, L: int, P: float, num_inference_steps: int, seed: int) -> dict[str, Any]:
+def measure(detector: BerDiff, slices: Slices, setting: Setting, seed: int) -> dict[str, Any]:
     """One line of the table; `shares` are those of masked entries, (N,)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    configure(detector, L, P, num_inference_steps)
+    configure(detector, setting)
     found, seconds = detect(detector, slices)
     shares = found.score.double().numpy()
     metrics = pooled(slices, found.anomaly_map[:, 0], seed, found.score)
     both = {"healthy": ~slices.diseased.numpy(), "diseased": slices.diseased.numpy()}
     return {
-        "L": L,
-        "P": P,
-        "num_inference_steps": num_inference_steps,
+        **dict(zip(("L", "P", "num_inference_steps", "num_passes"), setting, strict=True)),
         "sum": masked_bernoulli_metrics(slices.image, found.reconstruction, slices.lesion, "sum"),
         "per_channel": masked_bernoulli_metrics(slices.image, found.reconstruction, slices.lesion, "per-channel"),
         "pooled": {name: metrics[name] for name in POOLED},
@@ -243,9 +253,9 @@ def measure_baseline(slices: Slices, modalities: list[str], modality: str, direc
     }
 
 
-def measure_batching(detector: BerDiff, slices: Slices, setting: tuple[int, float, int]) -> dict[str, Any]:
+def measure_batching(detector: BerDiff, slices: Slices, setting: Setting) -> dict[str, Any]:
     """32 slices at once, and one at a time: with the batches filled up, so that the maps agree, and unfilled."""
-    configure(detector, *setting)
+    configure(detector, setting)
     some = slices.take(torch.arange(min(BATCH, len(slices.image))))
     together, seconds = detect(detector, some)
     result: dict[str, Any] = {"n_slices": len(some.image), "slices_per_second_at_once": 1 / seconds}
@@ -275,7 +285,7 @@ def save_box_plots(grid: list[dict[str, Any]], diseased: np.ndarray, path: Path)
 
 def label(entry: dict[str, Any]) -> str:
     """Name of a setting."""
-    return f"L = {entry['L']}, P = {entry['P']:g}, {entry['num_inference_steps']} calls"
+    return f"L = {entry['L']}, P = {entry['P']:g}, {entry['num_passes']} x {entry['num_inference_steps']} calls"
 
 
 def table(result: dict[str, Any]) -> str:

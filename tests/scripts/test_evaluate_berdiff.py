@@ -71,13 +71,13 @@ def evaluate(small, brats2020):
 
 
 def test_result_table_and_picture(brats2020, small, evaluate, tmp_path, capsys):
-    result = evaluate(tmp_path / "result.json", split="test", thresholds=[0.0, 0.5], steps=[2, 0])
+    result = evaluate(tmp_path / "result.json", split="test", thresholds=[0.0, 0.5], steps=[2, 0], walks=[1, 2])
     items = read_cohort(brats2020[1] / "cohort.csv", MODALITIES, "test")
     lesions = [nib.load(item["lesion"]).get_fdata() for item in items]
     assert (result["n_subjects"], result["n_slices"]) == (2, 98)
     assert result["n_lesion_slices"] == sum(int(lesion.any((0, 1)).sum()) for lesion in lesions)
-    found = [(entry["L"], entry["P"], entry["num_inference_steps"]) for entry in result["grid"]]
-    assert found == [(4, 0, 2), (4, 0, 4), (4, 0.5, 2), (4, 0.5, 4)]
+    found = [tuple(entry[name] for name in ("L", "P", "num_inference_steps", "num_passes")) for entry in result["grid"]]
+    assert found == [(4, P, calls, walks) for P in (0, 0.5) for calls in (2, 4) for walks in (1, 2)]
     for entry in result["grid"]:
         share = entry["masked_share"]
         assert (share["healthy"]["med"] == 1) == (entry["P"] == 0)
@@ -90,7 +90,7 @@ def test_result_table_and_picture(brats2020, small, evaluate, tmp_path, capsys):
     assert result["weights_sha256"] == sha256(small["weights"])
     assert result["versions"]["torch"] == torch.__version__
     rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 2 + 4 + 1
+    assert len(rows) == 2 + 8 + 1
     assert len({row.count("|") for row in rows}) == 1
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
 
@@ -100,7 +100,7 @@ def test_slices_are_drawn_and_detected_with_the_seed(evaluate, tmp_path):
     first, again, other = (
         evaluate(tmp_path / f"{number}.json", max_slices=20, seed=seed) for number, seed in enumerate((0, 0, 1))
     )
-    assert (first["n_subjects"], first["n_slices"]) == (1, 20)
+    assert (first["n_subjects"], first["n_slices"], first["n_lesion_slices"]) == (1, 20, 10)
     assert first["grid"][0]["sum"] == again["grid"][0]["sum"] != other["grid"][0]["sum"]
     assert first["baseline"]["sum"] == again["baseline"]["sum"]
 
