@@ -168,9 +168,10 @@ def load_network(name: str) -> VolumeDetector:
 
 
 def describe(name: str, network: VolumeDetector) -> dict[str, Any]:
-    """The bundle's metadata, and what its weights file holds beside the network: preparation and threshold."""
+    """The bundle's metadata, and what belongs to its volumes: preparation, smoothing of the map, threshold of that."""
     preparation = dict(zip(network.preparation_names, network.preparation.tolist(), strict=True))
-    return bundle.metadata(name) | {"preparation": preparation, "threshold": float(network.calibration.threshold)}
+    volume = {"preparation": preparation, "sigma_px": network.sigma_px}
+    return bundle.metadata(name) | volume | {"threshold": float(network.calibration.threshold)}
 
 
 def example(network: VolumeDetector, batch_size: int) -> Tensor:

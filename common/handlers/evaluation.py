@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ..calibration import volume_score
 from ..engines import cases
@@ -30,27 +31,46 @@ from ..transforms.load import load_lesion
 from ..weights import load_weights, save_weights, sha256
 from .run_time import RunTime
 
+BATCH_SIZE = 16  # slices at a time
+
 
 class Calibrate:
     """Fit the calibration on the healthy subjects that pass, and write it into the weights.
 
     Args:
         network: whose `calibration` is fitted.
-        weights: its file; only the calibration in it is replaced.
+        weights: its file; only the calibration in it is replaced, and the threshold of the method's own.
         false_positive_share: share of the healthy brain voxels that may exceed the threshold.
+        slices: of the same subjects, for a method that has a threshold of its own, which `fit_threshold(batches)` sets
+            before the first of them passes.
     """
 
-    def __init__(self, network: VolumeDetector, weights: str, false_positive_share: float = 0.01) -> None:
+    def __init__(
+        self,
+        network: VolumeDetector,
+        weights: str,
+        false_positive_share: float = 0.01,
+        slices: Dataset | None = None,
+    ) -> None:
         self.network = network
         self.weights = weights
         self.false_positive_share = false_positive_share
+        self.slices = slices
         self.histogram = np.zeros(int(bin_index(np.array([np.finfo(np.float32).max]))[0]) + 1, dtype=np.int64)
         self.scores: list[float] = []
 
     def attach(self, engine: Engine) -> None:
-        """Add the handler to an evaluator of healthy subjects."""
+        """Add the handler to an evaluator of healthy subjects, after `LoadWeights`."""
+        engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def start(self, engine: Engine) -> None:
+        """Fit the method's own threshold."""
+        if self.slices is not None:
+            detector: Any = self.network.detector
+            device = next(detector.parameters()).device
+            detector.fit_threshold(batch["image"].to(device) for batch in DataLoader(self.slices, BATCH_SIZE))
 
     def __call__(self, engine: Engine) -> None:
         """Count the values of the map in the brain."""
@@ -69,6 +89,8 @@ class Calibrate:
         calibration.fit(threshold, self.false_positive_share, torch.tensor(self.scores))
         state = load_weights(self.weights)
         state.update({f"calibration.{name}": value for name, value in calibration.state_dict().items()})
+        if self.slices is not None:
+            state["detector.threshold"] = self.network.detector.threshold
         save_weights(state, self.weights)
 
 

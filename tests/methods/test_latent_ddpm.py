@@ -111,6 +111,21 @@ def test_kl_map_is_the_mean_over_timesteps_and_channels_with_one_noise(monkeypat
             torch.testing.assert_close(z, expected)
 
 
+def test_fresh_noise_is_another_for_each_t_and_slice_whatever_the_batch():
+    z0, maps = torch.randn(2, 2, 4, 4, generator=generators(9)[0]), []
+    for max_batch in (1, 4, 256):
+        stub = Stub()
+        detector = paper_chain(stub, kl_noise="fresh", max_batch=max_batch)
+        maps.append(detector.kl_map(z0, generators(0, 1), range(400, 410)))
+        abar = detector.scheduler.alpha_bar
+        noises = torch.cat(
+            [(z - abar[t].sqrt().view(-1, 1, 1, 1) * z0.repeat(len(z) // 2, 1, 1, 1)) for z, t in stub.calls]
+        )
+        assert torch.pdist(noises.flatten(1)).min() > 1
+    torch.testing.assert_close(maps[1], maps[0])
+    torch.testing.assert_close(maps[2], maps[0])
+
+
 def test_threshold_and_mask():
     g = golden("threshold")
     threshold = location_percentile(g["v_validation"], 97.5)
