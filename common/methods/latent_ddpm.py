@@ -104,8 +104,8 @@ class LatentDDPM(AnomalyDetector):
         self.num_score_timesteps = num_score_timesteps
         self.max_batch = max_batch
         self.size_divisor = latent_space.downsampling * size_divisor(unet)
-        # before it is fitted every location is unlikely
-        self.register_buffer("threshold", torch.full(tuple(latent_size), -torch.inf, dtype=torch.float64))
+        # KL values are above 0: before it is fitted every location is unlikely
+        self.register_buffer("threshold", torch.zeros(tuple(latent_size), dtype=torch.float64))
 
     def detect(self, image: Tensor, foreground: Tensor | None = None, seeds: Tensor | None = None) -> Detection:
         """As every method, with the paper's image-level score, see `num_score_timesteps`."""

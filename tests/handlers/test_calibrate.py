@@ -53,7 +53,7 @@ def test_map_is_calibrated(tmp_path):
     assert 98 < stored["calibration.threshold"] < 100
     assert (stored["calibration.score_quantiles"] == 100).all()
     assert stored["calibration.subjects"] == 1
-    assert (stored["detector.threshold"] == -torch.inf).all()
+    assert (stored["detector.threshold"] == 0).all()
 
 
 def test_threshold_of_the_method_is_fitted_and_written_in_full_precision(dataset, tmp_path):

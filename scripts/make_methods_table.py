@@ -1,0 +1,111 @@
+"""Write the table of the methods in the README from the benchmarks under docs/benchmarks.
+
+    python scripts/make_methods_table.py [--check]
+
+Each folder there is what `uad benchmark` wrote. A method that a benchmark does not hold has a dash; one that was
+measured with other weights than are shipped now is refused. With --check nothing is written, and the exit code is 1
+where the README says something else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.bundle import BUNDLES_DIR, available_bundles, describe_bundle
+from common.errors import BundleError, UADError
+from common.files import replacing
+from common.report.benchmark_table import cell
+from common.weights import sha256
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- methods: scripts/make_methods_table.py -->", "<!-- methods end -->"
+COHORTS = {  # folder under docs/benchmarks: column
+    "ixi-blobs": "brain T1, blobs",
+    "ixi-atlas": "brain T1, MS shapes",
+    "glioma": "glioma",
+    "headct-sprites": "head CT, sprites",
+}
+
+
+def main(check: Annotated[bool, typer.Option("--check", help="Only compare.")] = False) -> None:
+    """Put the table between the markers of the README."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    try:
+        new = with_table(text, table(read_benchmarks(ROOT / "docs" / "benchmarks")))
+    except UADError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    if check:
+        sys.exit(int(new != text))
+    with replacing(readme) as temporary:
+        temporary.write_text(new, encoding="utf-8")
+
+
+def read_benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of each cohort that was measured, the results by key; only those of bundles as they are shipped."""
+    found = {}
+    for cohort in COHORTS:
+        path = folder / cohort / "benchmark.json"
+        if path.is_file():
+            methods = json.loads(path.read_text(encoding="utf-8"))["methods"]
+            found[cohort] = {m["key"]: m for m in methods if m["kind"] == "baseline" or not m["items"]}
+            for method in found[cohort].values():
+                check_weights(method, path)
+    return found
+
+
+def check_weights(method: dict[str, Any], path: Path) -> None:
+    """Raises BundleError for a result of weights that were replaced since."""
+    if method["kind"] == "method":
+        weights = BUNDLES_DIR / method["bundle"] / "models" / "model.pt"
+        if method["weights_sha256"] != sha256(weights):
+            raise BundleError(path, f"{method['key']} was measured with other weights", "run the benchmark again")
+
+
+def table(benchmarks: dict[str, dict[str, Any]]) -> str:
+    """A row a bundle, and the best baseline of each cohort below."""
+    measured = {cohort: COHORTS[cohort] for cohort in COHORTS if cohort in benchmarks}
+    header = ["key", "method", "weights", "s a volume", *(f"AUPRC, {name}" for name in measured.values())]
+    rows = []
+    for key in available_bundles():
+        about = describe_bundle(key)
+        results = [benchmarks[cohort].get(key) for cohort in measured]
+        seconds = next((r["run_time"]["seconds_per_volume"] for r in results if r), None)
+        rows.append(
+            [
+                f"`{key}`",
+                about["title"],
+                f"{about['weights_mb']} MB, {about['weights_license']}",
+                "-" if seconds is None else f"{seconds:.2g}",
+                *("-" if r is None else cell(r["auprc"]) for r in results),
+            ]
+        )
+    free = [best_baseline(benchmarks[cohort]) for cohort in measured]
+    rows.append(["", "best of the free baselines", "none", "-", *free])
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def best_baseline(results: dict[str, Any]) -> str:
+    """Its AUPRC, and which it is."""
+    baselines = [result for result in results.values() if result["kind"] == "baseline"]
+    best = max(baselines, key=lambda result: result["auprc"]["value"] or 0)
+    return f"{cell(best['auprc'])} {best['key'].rpartition('_')[0].replace('_', ' ')}"
+
+
+def with_table(text: str, content: str) -> str:
+    """The text with what is between the markers replaced."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md lacks {BEGIN} or {END}")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
