@@ -89,9 +89,7 @@ def _part(text: str | None) -> str | None:
     return text
 
 
-Method = Annotated[
-    str, typer.Option("-m", "--method", help=f"One of {', '.join(available_bundles())}.", callback=_known)
-]
+Method = Annotated[str, typer.Option("-m", "--method", help="Key of a bundle, see `uad list`.", callback=_known)]
 Cohort = Annotated[Path, typer.Argument(help="CSV with the columns subject, split, the modalities, brain, lesion.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", callback=_device)]
@@ -174,7 +172,7 @@ def prepare(
 
 @app.command()
 def train(
-    method: Annotated[str, typer.Argument(help=f"One of {', '.join(available_bundles())}.", callback=_known)],
+    method: Annotated[str, typer.Argument(help="Key of a bundle, see `uad list`.", callback=_known)],
     cohort: Cohort,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for checkpoints, logs and model.pt.")],
 ) -> None:
@@ -254,7 +252,7 @@ def _in_one_line(make: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 def export(
-    method: Annotated[str, typer.Argument(help=f"One of {', '.join(available_bundles())}.", callback=_known)],
+    method: Annotated[str, typer.Argument(help="Key of a bundle, see `uad list`.", callback=_known)],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the bundle, and for its zip archive.")],
     output_format: Annotated[
         ExportFormat,
