@@ -58,7 +58,7 @@ def main(
     with TemporaryDirectory() as folder:
         work = Path(folder)
         call(f"{python()} {HERE}/monai_deploy/make_dicom.py {work}/series")
-        call(f"{HERE}/monai_label/prepare.sh {work}/app {shlex.join(keys)}", PATH=f"{path_of(sys.prefix)}")
+        call(f"{HERE}/monai_label/prepare.sh {work}/app {shlex.join(keys)}", PATH=path_of(sys.prefix))
         (work / "studies").mkdir()
         (work / "studies" / IMAGE.name).symlink_to(IMAGE)
         print("| bundle | highest value | exported zip | MONAI Label | MONAI Deploy |\n|---|---|---|---|---|")
@@ -122,10 +122,11 @@ def server(work: Path, environment: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = ["monailabel", "start_server", "--app", "app", "--studies", "studies", "--port", str(port)]
+    command = ["monailabel", "start_server", "--app", "app", "--studies", "studies"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     with (work / "server.log").open("wb") as log:
         started = subprocess.Popen(  # noqa: S603 - MONAI Label's own
-            [*command, "--host", "127.0.0.1"],
+            command,
             cwd=work,
             env=surroundings(PATH=path_of(environment)),
             stdout=log,

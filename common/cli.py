@@ -45,6 +45,7 @@ cohorts = typer.Typer(no_args_is_help=True)
 app.add_typer(cohorts, name="cohort", help="Build a labelled test cohort from a folder of public images.")
 
 FAILED = 3
+KEY_HELP = "Key of a bundle, see `uad list`."
 
 
 class Format(StrEnum):
@@ -89,7 +90,8 @@ def _part(text: str | None) -> str | None:
     return text
 
 
-Method = Annotated[str, typer.Option("-m", "--method", help="Key of a bundle, see `uad list`.", callback=_known)]
+Method = Annotated[str, typer.Option("-m", "--method", help=KEY_HELP, callback=_known)]
+MethodArgument = Annotated[str, typer.Argument(help=KEY_HELP, callback=_known)]
 Cohort = Annotated[Path, typer.Argument(help="CSV with the columns subject, split, the modalities, brain, lesion.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", callback=_device)]
@@ -172,7 +174,7 @@ def prepare(
 
 @app.command()
 def train(
-    method: Annotated[str, typer.Argument(help="Key of a bundle, see `uad list`.", callback=_known)],
+    method: MethodArgument,
     cohort: Cohort,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for checkpoints, logs and model.pt.")],
 ) -> None:
@@ -252,7 +254,7 @@ def _in_one_line(make: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 def export(
-    method: Annotated[str, typer.Argument(help="Key of a bundle, see `uad list`.", callback=_known)],
+    method: MethodArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the bundle, and for its zip archive.")],
     output_format: Annotated[
         ExportFormat,

@@ -186,23 +186,37 @@ class LatentDDPM(AnomalyDetector):
     def fit_threshold(self, batches: Iterable[Tensor]) -> None:
         """Set the threshold of each location from batches of healthy slices (B, C, H, W) (section 2.3).
 
-        Raises BundleError where their latents have another size.
+        Background, where an image is 0, does not count: at a location that few of the slices reach it would set the
+        threshold, and the rim of every larger brain would exceed it. Raises BundleError where the latents have another
+        size.
         """
-        maps = []
+        maps, insides = [], []
         for image, generators in with_generators(batches):
             z0, _ = self.latent_space.posterior(image)
             maps.append(self.kl_map(z0, generators, self.kl_timesteps).double().cpu())
-        fitted = location_percentile(torch.cat(maps), self.percentile)
+            insides.append(F.adaptive_max_pool2d((image > 0).any(dim=1).float(), z0.shape[2:]).bool().cpu())
+        fitted = location_percentile(torch.cat(maps), self.percentile, torch.cat(insides))
         if fitted.shape != self.threshold.shape:
             fact = f"thresholds of {tuple(fitted.shape)} locations for latents of {tuple(self.threshold.shape)}"
             raise BundleError("fit_threshold", fact, "set `latent_size` to the slices' size over the downsampling")
         self.threshold.copy_(fitted)
 
 
-def location_percentile(v: Tensor, percentile: float) -> Tensor:
-    """The percentile of each location, linearly interpolated: (n, h, w) -> (h, w) float64."""
-    # torch.quantile takes 16 million values at most
-    return torch.from_numpy(np.percentile(v.double().numpy(), percentile, axis=0))
+def location_percentile(v: Tensor, percentile: float, inside: Tensor | None = None) -> Tensor:
+    """The percentile of each location, linearly interpolated: (n, h, w) -> (h, w) float64.
+
+    Where `inside` (n, h, w) bool is given, only these values count, and a location where too few are inside to exceed
+    the percentile takes that of all locations.
+    """
+    values = v.double().numpy()  # torch.quantile takes 16 million values at most
+    if inside is None:
+        return torch.from_numpy(np.percentile(values, percentile, axis=0))
+    values = np.where(inside.numpy(), values, np.nan)
+    is_rare = inside.sum(dim=0).numpy() < 100 / (100 - percentile)
+    fitted = np.empty(values.shape[1:])
+    fitted[~is_rare] = np.nanpercentile(values[:, ~is_rare], percentile, axis=0)
+    fitted[is_rare] = np.nanpercentile(values, percentile)
+    return torch.from_numpy(fitted)
 
 
 def masked_residual(image: Tensor, reconstruction: Tensor, mask: Tensor, sigma_px: float) -> Tensor:

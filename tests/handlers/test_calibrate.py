@@ -63,6 +63,6 @@ def test_threshold_of_the_method_is_fitted_and_written_in_full_precision(dataset
     expected = network()
     load_into(expected, tmp_path / "model.pt")
     assert torch.equal(expected.detector.threshold, volume.detector.threshold)
-    expected.detector.fit_threshold([torch.stack([item["image"] for item in dataset])])  # one batch of another size
+    expected.detector.fit_threshold(torch.stack([item["image"] for item in dataset]).split(4))  # other batches
     torch.testing.assert_close(expected.detector.threshold, stored["detector.threshold"], rtol=1e-4, atol=0)
     assert stored["calibration.threshold"].isfinite()

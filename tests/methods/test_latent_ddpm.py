@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
@@ -256,6 +257,27 @@ def test_fitted_threshold_is_exceeded_by_the_stated_share_of_healthy_locations()
     again = tiny(percentile=80.0, fitted=False)
     again.fit_threshold(images.split(20))
     torch.testing.assert_close(again.threshold, detector.threshold, rtol=1e-4, atol=0)
+
+
+def test_background_does_not_set_the_threshold_of_a_location():
+    v = torch.rand(100, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    inside = torch.ones(100, 2, 3, dtype=torch.bool)
+    inside[50:, 0, 0] = inside[9:, 1, 1] = inside[:, 1, 2] = False
+    v[~inside] = 0.1
+    fitted, everywhere = location_percentile(v, 90.0, inside), location_percentile(v[inside][:, None], 90.0)
+    torch.testing.assert_close(fitted[0, 0], location_percentile(v[:50], 90.0)[0, 0])
+    torch.testing.assert_close(fitted[0, 1], location_percentile(v, 90.0)[0, 1])
+    assert fitted[1, 1] == fitted[1, 2] == everywhere  # 9 of them do not say what 10 % exceed
+
+
+def test_rim_of_a_large_brain_is_not_unlikely(monkeypatch):
+    detector, large = tiny(percentile=80.0, fitted=False), slices(20)
+    monkeypatch.setattr(detector.latent_space, "posterior", lambda image: (F.avg_pool2d(image, 4), None))
+    monkeypatch.setattr(detector, "kl_map", lambda z0, *_: z0[:, 0])
+    images = large.clone()
+    images[1:, :, :, :8] = 0  # of the 20 brains one reaches there
+    detector.fit_threshold([images])
+    assert detector.unlikely(F.avg_pool2d(large, 4)[:, 0])[..., :2].mean() < 0.6
 
 
 def test_before_the_fit_every_location_is_healed():
