@@ -4,10 +4,9 @@
 
 For each noise level L, probability threshold P, number of network calls and of walks: Dice, AUPRC and PSNR under the
 protocol of `common.metrics.masked_bernoulli`, AUPRC of the pooled foreground, AUROC of the share of masked entries
-(slices with lesion against slices without), time and memory; beside them an intensity threshold, and 32 slices
-detected at once against one at a time. All is on the network's grid. Written: the JSON, and box plots of the share of
-masked entries as a PNG of the same name; the table is printed. L and P belong to the split "val": the paper chose
-them on its test set.
+(slices with lesion against slices without), time and memory; beside them an intensity threshold. All is on the
+network's grid. Written: the JSON, and box plots of the share of masked entries as a PNG of the same name; the table is
+printed. L and P belong to the split "val": the paper chose them on its test set.
 """
 
 from __future__ import annotations
@@ -117,7 +116,6 @@ def main(
         "n_subjects": len(set(slices.subject)),
         "grid": [{name: value for name, value in entry.items() if name != "shares"} for entry in grid],
         "baseline": measure_baseline(slices, modalities, baseline, direction, seed),
-        "batched": measure_batching(detector, slices, settings[-1]),
         "weights_sha256": sha256(weights),
         "seed": seed,
         "device": torch.cuda.get_device_name() if device != "cpu" else f"{torch.get_num_threads()} CPU threads",
@@ -176,11 +174,11 @@ def drawn(diseased: np.ndarray, count: int, seed: int) -> Tensor:
     return torch.from_numpy(np.sort(np.concatenate([sick[:half], well[: count - half]])))
 
 
-def detect(detector: BerDiff, slices: Slices, batch: int = BATCH) -> tuple[Detection, float]:
+def detect(detector: BerDiff, slices: Slices) -> tuple[Detection, float]:
     """The detections of all slices, on the CPU, and the seconds that a slice took."""
     device = next(detector.parameters()).device
     parts, start = [], time.perf_counter()
-    for image, seeds in zip(slices.image.split(batch), slices.seed.split(batch), strict=True):
+    for image, seeds in zip(slices.image.split(BATCH), slices.seed.split(BATCH), strict=True):
         found = detector.detect(image.to(device), seeds=seeds)
         parts.append((found.anomaly_map.cpu(), found.reconstruction.cpu(), found.score.cpu()))
     seconds = (time.perf_counter() - start) / len(slices.image)
@@ -251,24 +249,6 @@ def measure_baseline(slices: Slices, modalities: list[str], modality: str, direc
         "pooled": {name: metrics[name] for name in POOLED},
         "image_auroc": metrics["image_auroc"],
     }
-
-
-def measure_batching(detector: BerDiff, slices: Slices, setting: Setting) -> dict[str, Any]:
-    """32 slices at once, and one at a time: with the batches filled up, so that the maps agree, and unfilled."""
-    configure(detector, setting)
-    some = slices.take(torch.arange(min(BATCH, len(slices.image))))
-    together, seconds = detect(detector, some)
-    result: dict[str, Any] = {"n_slices": len(some.image), "slices_per_second_at_once": 1 / seconds}
-    own = detector.batch_size
-    for name, size in (("alone", own), ("alone_unfilled", 1)):
-        detector.batch_size = size
-        alone, seconds = detect(detector, some, batch=1)
-        difference = (alone.anomaly_map - together.anomaly_map).abs().flatten(1).amax(1)
-        result[f"slices_per_second_{name}"] = 1 / seconds
-        result[f"largest_difference_{name}"] = float(difference.max())
-        result[f"share_of_slices_that_agree_{name}"] = float((difference < 1e-4).float().mean())
-    detector.batch_size = own
-    return result
 
 
 def save_box_plots(grid: list[dict[str, Any]], diseased: np.ndarray, path: Path) -> None:

@@ -1,0 +1,105 @@
+"""Seconds and peak memory a slice of bundles, 32 slices at once and one at a time, and whether their maps agree.
+
+    python scripts/measure_batching.py dae mad_ad berdiff:network_def::detector::batch_size=1 -o batching.json
+
+A row is a bundle or the path of an `inference.json`, and after a colon items of it with other values. The slices are
+those of the bundle's sample, spread evenly. Each measurement is a process of its own. Written: the JSON; the table is
+printed.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from evaluate_sprites import Row
+from torch import Tensor
+
+from common.errors import SettingError
+from common.files import replacing
+from common.report.case import versions
+from common.weights import load_into, sha256
+
+COUNT = 32
+SIZES = (1, COUNT)
+
+
+def main(
+    row: Annotated[list[str], typer.Argument(help="BUNDLE or inference.json, then [:item=value,...].")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The JSON.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Measure each row."""
+    try:
+        rows = [Row.parse(text) for text in row]
+        for one in rows:
+            one.parser()
+    except SettingError as error:
+        raise typer.BadParameter(str(error)) from None
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
+        found = list(processes.map(measure, *zip(*product(rows, SIZES, [device]), strict=True)))
+    results = [compared(one, *found[2 * i : 2 * i + 2]) for i, one in enumerate(rows)]
+    result = {"slices": COUNT, "device": device, "threads": torch.get_num_threads(), "rows": results}
+    with replacing(output) as temporary:
+        temporary.write_text(json.dumps(result | {"versions": versions()}, indent=2) + "\n", encoding="utf-8")
+    print(table(results))
+
+
+def measure(row: Row, batch_size: int, device: str) -> tuple[dict[str, float], Tensor]:
+    """Cost of a slice, and the maps (COUNT, 1, H, W)."""
+    content = row.parser().get_parsed_content
+    network = content("network_def")
+    load_into(network, content("weights"))
+    detector = network.to(device).eval().detector
+    image = content("dataset")[0]["image"].as_tensor().movedim(-1, 0)
+    used = (image > 0).flatten(1).any(1).nonzero().flatten()
+    indices = used[torch.linspace(0, len(used) - 1, COUNT).round().long()]
+    slices = image[indices].to(device)
+    detector.detect(slices[:batch_size], seeds=torch.arange(batch_size))  # the first call is slower
+    started, maps = time.perf_counter(), []
+    for part, seeds in zip(slices.split(batch_size), torch.arange(COUNT).split(batch_size), strict=True):
+        maps.append(detector.detect(part, seeds=seeds).anomaly_map.cpu())
+    seconds = (time.perf_counter() - started) / COUNT
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if slices.is_cuda:
+        peak = torch.cuda.max_memory_allocated()
+    return {"seconds_per_slice": seconds, "peak_memory_gb": peak / 1e9}, torch.cat(maps)
+
+
+def compared(row: Row, alone: tuple[Any, Tensor], together: tuple[Any, Tensor]) -> dict[str, Any]:
+    """A row of the result."""
+    difference = float((alone[1] - together[1]).abs().max())
+    weights = row.parser().get_parsed_content("weights")
+    return {
+        "name": row.name,
+        "weights_sha256": sha256(weights),
+        "alone": alone[0],
+        "together": together[0],
+        "largest_difference": difference,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| | s a slice, alone | 32 at once | times as fast | GB, alone | 32 at once | largest difference |"]
+    lines.append("|---" * 7 + "|")
+    for result in results:
+        alone, together = result["alone"], result["together"]
+        seconds = [cost["seconds_per_slice"] for cost in (alone, together)]
+        cells = [result["name"], *(f"{s:.2g}" for s in seconds), f"{seconds[0] / seconds[1]:.1f}"]
+        cells += [f"{cost['peak_memory_gb']:.2f}" for cost in (alone, together)]
+        lines.append(f"| {' | '.join(cells)} | {result['largest_difference']:.1g} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
