@@ -54,6 +54,8 @@ class LatentDDPM(AnomalyDetector):
             tells anomalies better (an AUROC higher by 0.02 to 0.03 on head CT with sprites).
         healing_start: t from which the reverse process starts, 500 in the paper.
         percentile: of the healthy KL values at a location, above which it is unlikely.
+        threshold_over: the values that count: "all", the paper read literally, or those in the "foreground" (image > 0),
+            so that the rim of a brain that is larger than most is not unlikely only because there the others are empty.
         known: what the reverse process sees outside the mask: the "clean" latent (paper), or that "noised" to t as in
             RePaint, which is what the network was trained with.
         sigma_px: smoothing of the upsampled mask; the paper gives none, half a cell at f = 4. 0 for none.
@@ -77,6 +79,7 @@ class LatentDDPM(AnomalyDetector):
         kl_noise: Literal["shared", "fresh"] = "shared",
         healing_start: int = 500,
         percentile: float = 97.5,
+        threshold_over: Literal["all", "foreground"] = "all",
         known: Literal["clean", "noised"] = "clean",
         sigma_px: float = 2.0,
         num_score_timesteps: int = 50,
@@ -99,6 +102,7 @@ class LatentDDPM(AnomalyDetector):
         self.kl_noise = kl_noise
         self.eta = 0.0 if is_fast else 1.0
         self.percentile = percentile
+        self.threshold_over = threshold_over
         self.known = known
         self.sigma_px = sigma_px
         self.num_score_timesteps = num_score_timesteps
@@ -186,16 +190,15 @@ class LatentDDPM(AnomalyDetector):
     def fit_threshold(self, batches: Iterable[Tensor]) -> None:
         """Set the threshold of each location from batches of healthy slices (B, C, H, W) (section 2.3).
 
-        Background, where an image is 0, does not count: at a location that few of the slices reach it would set the
-        threshold, and the rim of every larger brain would exceed it. Raises BundleError where the latents have another
-        size.
+        Raises BundleError where their latents have another size.
         """
         maps, insides = [], []
         for image, generators in with_generators(batches):
             z0, _ = self.latent_space.posterior(image)
             maps.append(self.kl_map(z0, generators, self.kl_timesteps).double().cpu())
             insides.append(F.adaptive_max_pool2d((image > 0).any(dim=1).float(), z0.shape[2:]).bool().cpu())
-        fitted = location_percentile(torch.cat(maps), self.percentile, torch.cat(insides))
+        inside = torch.cat(insides) if self.threshold_over == "foreground" else None
+        fitted = location_percentile(torch.cat(maps), self.percentile, inside)
         if fitted.shape != self.threshold.shape:
             fact = f"thresholds of {tuple(fitted.shape)} locations for latents of {tuple(self.threshold.shape)}"
             raise BundleError("fit_threshold", fact, "set `latent_size` to the slices' size over the downsampling")

@@ -270,14 +270,16 @@ def test_background_does_not_set_the_threshold_of_a_location():
     assert fitted[1, 1] == fitted[1, 2] == everywhere  # 9 of them do not say what 10 % exceed
 
 
-def test_rim_of_a_large_brain_is_not_unlikely(monkeypatch):
-    detector, large = tiny(percentile=80.0, fitted=False), slices(20)
+@pytest.mark.parametrize(("over", "unlikely"), [("foreground", 0.4), ("all", 1.0)])
+def test_rim_of_a_large_brain(monkeypatch, over, unlikely):
+    detector, large = tiny(percentile=80.0, threshold_over=over, fitted=False), slices(20)
     monkeypatch.setattr(detector.latent_space, "posterior", lambda image: (F.avg_pool2d(image, 4), None))
     monkeypatch.setattr(detector, "kl_map", lambda z0, *_: z0[:, 0])
     images = large.clone()
     images[1:, :, :, :8] = 0  # of the 20 brains one reaches there
     detector.fit_threshold([images])
-    assert detector.unlikely(F.avg_pool2d(large, 4)[:, 0])[..., :2].mean() < 0.6
+    share = detector.unlikely(F.avg_pool2d(large, 4)[:, 0])[..., :2].mean()
+    assert share == pytest.approx(unlikely, abs=0.05)
 
 
 def test_before_the_fit_every_location_is_healed():
