@@ -20,13 +20,6 @@ from typer.testing import CliRunner
 
 from common.cli import app
 
-def pytest_collection_modifyitems(items):
-    """With `pytest -n 2 --dist loadgroup` one process has the tests that share what is costly: a bundle's, or a file's."""
-    for item in items:
-        bundle = item.callspec.params.get("bundle") if hasattr(item, "callspec") else None
-        item.add_marker(pytest.mark.xdist_group(bundle.name if isinstance(bundle, Path) else str(item.path)))
-
-
 RADII_MM = np.array([45.0, 55.0, 40.0])
 
 

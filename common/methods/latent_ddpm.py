@@ -54,8 +54,8 @@ class LatentDDPM(AnomalyDetector):
             tells anomalies better (an AUROC higher by 0.02 to 0.03 on head CT with sprites).
         healing_start: t from which the reverse process starts, 500 in the paper.
         percentile: of the healthy KL values at a location, above which it is unlikely.
-        threshold_over: the values that count: "all", the paper read literally, or those in the "foreground" (image > 0),
-            so that the rim of a brain that is larger than most is not unlikely only because there the others are empty.
+        threshold_over: the values that count: "all", as the paper reads, or those in the "foreground" (image > 0).
+            With all, the rim of a brain that is larger than most is unlikely, because there the others are empty.
         known: what the reverse process sees outside the mask: the "clean" latent (paper), or that "noised" to t as in
             RePaint, which is what the network was trained with.
         sigma_px: smoothing of the upsampled mask; the paper gives none, half a cell at f = 4. 0 for none.
