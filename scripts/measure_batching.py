@@ -18,10 +18,11 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from evaluate_sprites import Row
-from torch import Tensor
+from numpy.typing import NDArray
 
 from common.errors import SettingError
 from common.files import replacing
@@ -54,7 +55,7 @@ def main(
     print(table(results))
 
 
-def measure(row: Row, batch_size: int, device: str) -> tuple[dict[str, float], Tensor]:
+def measure(row: Row, batch_size: int, device: str) -> tuple[dict[str, float], NDArray[Any]]:
     """Cost of a slice, and the maps (COUNT, 1, H, W)."""
     content = row.parser().get_parsed_content
     network = content("network_def")
@@ -72,12 +73,12 @@ def measure(row: Row, batch_size: int, device: str) -> tuple[dict[str, float], T
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if slices.is_cuda:
         peak = torch.cuda.max_memory_allocated()
-    return {"seconds_per_slice": seconds, "peak_memory_gb": peak / 1e9}, torch.cat(maps)
+    return {"seconds_per_slice": seconds, "peak_memory_gb": peak / 1e9}, torch.cat(maps).numpy()
 
 
-def compared(row: Row, alone: tuple[Any, Tensor], together: tuple[Any, Tensor]) -> dict[str, Any]:
+def compared(row: Row, alone: tuple[Any, NDArray[Any]], together: tuple[Any, NDArray[Any]]) -> dict[str, Any]:
     """A row of the result."""
-    difference = float((alone[1] - together[1]).abs().max())
+    difference = float(np.abs(alone[1] - together[1]).max())
     weights = row.parser().get_parsed_content("weights")
     return {
         "name": row.name,
