@@ -12,7 +12,6 @@ printed. L and P belong to the split "val": the paper chose them on its test set
 from __future__ import annotations
 
 import json
-import resource
 import time
 from dataclasses import dataclass
 from itertools import product
@@ -34,6 +33,7 @@ from common.bundle import BUNDLES_DIR, metadata
 from common.data.cohort import read_cohort
 from common.errors import CohortError, UADError
 from common.files import replacing
+from common.handlers.run_time import peak_memory_mb
 from common.methods.base import Detection, foreground_of
 from common.methods.berdiff import BerDiff
 from common.metrics import DetectionMetrics, intensity_threshold
@@ -207,7 +207,7 @@ def measure(detector: BerDiff, slices: Slices, setting: Setting, seed: int) -> d
         "pooled": {name: metrics[name] for name in POOLED},
         "masked_share": {"auroc": metrics["image_auroc"]} | {name: box(shares[which]) for name, which in both.items()},
         "seconds_per_slice": seconds,
-        "peak_memory_gb": peak_memory_gb(detector),
+        "peak_memory_gb": peak_memory_mb(next(detector.parameters()).device) / 1e3,
         "shares": shares,
     }
 
@@ -228,13 +228,6 @@ def box(values: np.ndarray) -> dict[str, float]:
     """Mean, quartiles and whiskers (1.5 times the quartiles' distance) of a box plot."""
     (stats,) = boxplot_stats(values)
     return {name: float(stats[name]) for name in ("mean", "whislo", "q1", "med", "q3", "whishi")}
-
-
-def peak_memory_gb(detector: BerDiff) -> float:
-    """On the GPU that of the last detections; on the CPU the highest so far of the process, slices included."""
-    if next(detector.parameters()).is_cuda:
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def measure_baseline(slices: Slices, modalities: list[str], modality: str, direction: Any, seed: int) -> dict[str, Any]:

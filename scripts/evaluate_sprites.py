@@ -60,12 +60,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Slices at a time.")] = 50,
 ) -> None:
     """Measure each row on each cohort."""
-    try:
-        rows = [Row.parse(text) for text in row]
-        for one in rows:
-            one.parser()
-    except SettingError as error:
-        raise typer.BadParameter(str(error)) from None
+    rows = parsed_rows(row)
     names = [path.resolve().name for path in cohorts]
     results = [intensity_row(cohorts, direction) for direction in ("bright", "dark")]
     results += [measure(one, cohorts, torch.device(device), batch_size) for one in rows]
@@ -107,6 +102,17 @@ class Row:
         for item, value in self.items.items():
             parser[item] = value
         return parser
+
+
+def parsed_rows(texts: list[str]) -> list[Row]:
+    """The rows of a command line, each checked; typer.BadParameter names the one that is wrong."""
+    try:
+        rows = [Row.parse(text) for text in texts]
+        for row in rows:
+            row.parser()
+    except SettingError as error:
+        raise typer.BadParameter(str(error)) from None
+    return rows
 
 
 def measure(row: Row, cohorts: list[Path], device: torch.device, batch_size: int) -> dict[str, Any]:

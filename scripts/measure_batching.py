@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -21,11 +20,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from evaluate_sprites import Row
+from evaluate_sprites import Row, parsed_rows
 from numpy.typing import NDArray
 
-from common.errors import SettingError
 from common.files import replacing
+from common.handlers.run_time import peak_memory_mb
 from common.report.case import versions
 from common.weights import load_into, sha256
 
@@ -39,12 +38,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure each row."""
-    try:
-        rows = [Row.parse(text) for text in row]
-        for one in rows:
-            one.parser()
-    except SettingError as error:
-        raise typer.BadParameter(str(error)) from None
+    rows = parsed_rows(row)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
         found = list(processes.map(measure, *zip(*product(rows, SIZES, [device]), strict=True)))
@@ -70,10 +64,8 @@ def measure(row: Row, batch_size: int, device: str) -> tuple[dict[str, float], N
     for part, seeds in zip(slices.split(batch_size), torch.arange(COUNT).split(batch_size), strict=True):
         maps.append(detector.detect(part, seeds=seeds).anomaly_map.cpu())
     seconds = (time.perf_counter() - started) / COUNT
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if slices.is_cuda:
-        peak = torch.cuda.max_memory_allocated()
-    return {"seconds_per_slice": seconds, "peak_memory_gb": peak / 1e9}, torch.cat(maps).numpy()
+    cost = {"seconds_per_slice": seconds, "peak_memory_gb": peak_memory_mb(slices.device) / 1e3}
+    return cost, torch.cat(maps).numpy()
 
 
 def compared(row: Row, alone: tuple[Any, NDArray[Any]], together: tuple[Any, NDArray[Any]]) -> dict[str, Any]:

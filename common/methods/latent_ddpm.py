@@ -28,6 +28,7 @@ from .base import (
     AnomalyDetector,
     Detection,
     TrainingObjective,
+    foreground_of,
     image_difference,
     noise_like,
     seeded_generators,
@@ -196,7 +197,7 @@ class LatentDDPM(AnomalyDetector):
         for image, generators in with_generators(batches):
             z0, _ = self.latent_space.posterior(image)
             maps.append(self.kl_map(z0, generators, self.kl_timesteps).double().cpu())
-            insides.append(F.adaptive_max_pool2d((image > 0).any(dim=1).float(), z0.shape[2:]).bool().cpu())
+            insides.append(F.adaptive_max_pool2d(foreground_of(image).float(), z0.shape[2:])[:, 0].bool().cpu())
         inside = torch.cat(insides) if self.threshold_over == "foreground" else None
         fitted = location_percentile(torch.cat(maps), self.percentile, inside)
         if fitted.shape != self.threshold.shape:
