@@ -67,8 +67,8 @@ def run_benchmark(
 ) -> int:
     """Write `<key>/result.json` of each method and baseline, benchmark.json, .csv and .md; return how many failed.
 
-    A method whose result of the same weights, cohort, seed and options is there already is not run again; one that
-    fails stops none of the others. The cohort is checked before the first runs.
+    A method whose result of the same weights, configs, cohort, seed and options is there already is not run again; one
+    that fails stops none of the others. The cohort is checked before the first runs.
 
     Args:
         methods: keys of bundles, with other settings after a colon, see `Variant.parse`; by default all bundles whose
@@ -88,8 +88,10 @@ def run_benchmark(
     results = measure_baselines(cohort, output, keys, identity)
     failed: dict[str, str] = {}
     for variant in variants:
-        key, weights = variant.key, BUNDLES_DIR / variant.bundle / "models" / "model.pt"
+        key, folder = variant.key, BUNDLES_DIR / variant.bundle
         own = {**identity, "bundle": variant.bundle, "items": list(variant.items)}
+        own["config_sha256"] = digest([folder / "configs" / name for name in ("inference.json", "evaluate.json")])
+        weights = folder / "models" / "model.pt"
         own["weights_sha256"] = sha256(weights) if weights.is_file() else None
         try:
             results[key] = finished(output / key, own) or evaluate_apart(variant, cohort, output / key, own, options)
@@ -124,7 +126,7 @@ def cohort_digest(cohort: Path, modalities: Sequence[str]) -> str:
 
 
 def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result in a folder, if it is that of these weights, this cohort, seed and options."""
+    """The result in a folder, if it is that of these weights and configs, this cohort, seed and options."""
     try:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -212,15 +212,22 @@ def measure(detector: BerDiff, slices: Slices, setting: Setting, seed: int) -> d
     }
 
 
-def pooled(slices: Slices, maps: Tensor, seed: int, scores: Tensor | None = None) -> dict[str, Any]:
-    """This project's metrics over the slices' foreground, with intervals over subjects. maps: (N, H, W)."""
+def pooled(
+    slices: Slices, maps: Tensor, seed: int, scores: Tensor | None = None, reconstruction: Tensor | None = None
+) -> dict[str, Any]:
+    """This project's metrics over the slices' foreground, with intervals over subjects.
+
+    maps: (N, H, W);  scores: (N,);  reconstruction: (N, C, H, W), for PSNR and SSIM.
+    """
     metrics = DetectionMetrics()
     subjects = np.array(slices.subject)
     foreground = foreground_of(slices.image)[:, 0]
     for subject in np.unique(subjects):
         own = torch.from_numpy(subjects == subject)
         volumes = (x[own].movedim(0, -1) for x in (maps, slices.lesion, foreground))
-        metrics.update(str(subject), *volumes, slice_scores=None if scores is None else scores[own])
+        images = (slices.image, reconstruction) if reconstruction is not None else ()
+        pair = dict(zip(("image", "reconstruction"), (x[own].movedim(0, -1) for x in images), strict=False))
+        metrics.update(str(subject), *volumes, slice_scores=None if scores is None else scores[own], **pair)
     return metrics.compute(seed)
 
 

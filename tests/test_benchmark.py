@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -101,6 +102,25 @@ def test_finished_methods_are_not_run_again(measured, cohort, monkeypatch):
     for other in ({"seed": 4}, {"seed": 3, "options": {"strip": "atlas"}}):
         with pytest.raises(AssertionError, match="run again"):
             benchmark.run_benchmark(cohort, measured, [METHOD], **other)
+
+
+def test_configs_that_change_are_measured_again(measured, cohort, tmp_path, monkeypatch):
+    """In a copy of the bundle, so that no other test sees it."""
+
+    def again(variant, *_):
+        raise benchmark.MethodFailedError("was run again")
+
+    shutil.copytree(BUNDLES_DIR / METHOD, tmp_path / METHOD)
+    monkeypatch.setattr("common.bundle.BUNDLES_DIR", tmp_path)
+    monkeypatch.setattr(benchmark, "BUNDLES_DIR", tmp_path)
+    monkeypatch.setattr(benchmark, "evaluate_apart", again)
+    before = {name: (measured / f"benchmark.{name}").read_bytes() for name in ("json", "csv", "md")}
+    assert benchmark.run_benchmark(cohort, measured, [METHOD], seed=3) == 0
+    config = tmp_path / METHOD / "configs" / "inference.json"
+    config.write_bytes(config.read_bytes() + b" ")
+    assert benchmark.run_benchmark(cohort, measured, [METHOD], seed=3) == 1
+    for name, content in before.items():
+        (measured / f"benchmark.{name}").write_bytes(content)
 
 
 def test_images_that_change_are_measured_again(cohort, tmp_path):

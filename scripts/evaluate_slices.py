@@ -1,0 +1,100 @@
+"""Settings of any bundles on drawn slices of a labelled cohort: what they find, what they keep, what they cost.
+
+    uad cohort ixi-lesions IXI -o val --insert-into val
+    python scripts/evaluate_slices.py val/cohort.csv -o result.json --row ddpm:level=200 --row ddpm:level=300
+
+A row is a bundle or the path of an `inference.json`, and after a colon items of it with other values, `weights` too;
+all rows need the same modalities. The maps are those of the slices, before any smoothing in three dimensions, on the
+network's grid; SSIM and PSNR are those of the reconstruction in the foreground outside lesions. Settings are chosen so
+on the split "val": a slice costs a hundredth of a volume. Written: the JSON; the table is printed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from evaluate_berdiff import Slices, detect, drawn, load_slices, pooled
+from evaluate_sprites import Row, parsed_rows
+
+from common.errors import UADError
+from common.files import replacing
+from common.report.case import versions
+from common.weights import load_into, sha256
+
+METRICS = {"auprc": "AUPRC", "auroc": "AUROC", "max_dice_pooled": "best Dice (oracle)", "ssim": "SSIM", "psnr": "PSNR"}
+
+
+def main(
+    cohort: Annotated[Path, typer.Argument(help="Cohort CSV.")],
+    row: Annotated[list[str], typer.Option(help="BUNDLE or inference.json, then [:item=value,...].")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The JSON.")],
+    split: Annotated[str, typer.Option(help="val or test.")] = "val",
+    max_slices: Annotated[int | None, typer.Option(help="Only so many, half with lesions, drawn.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the detection and of the slices drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Measure each row, and print the table."""
+    rows, prepared, results = parsed_rows(row), dict[str, Slices](), []
+    for one in rows:
+        preprocessing = one.parser().get_parsed_content("preprocessing")
+        about = json.loads((one.config.parent / "metadata.json").read_text(encoding="utf-8"))
+        key = repr((about["modalities"], preprocessing.settings))  # bundles that prepare alike share the slices
+        if key not in prepared:
+            slices = load_slices(cohort, about["modalities"], split, preprocessing, seed)
+            chosen = torch.arange(len(slices.image))
+            if max_slices is not None:
+                chosen = drawn(slices.diseased.numpy(), max_slices, seed)
+            prepared[key] = slices.take(chosen)
+        results.append(measure(one, prepared[key], seed, device))
+        print(line(results[-1]), flush=True)
+    result = {
+        "cohort": cohort.name,
+        "split": split,
+        "seed": seed,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "rows": results,
+        "versions": versions(),
+    }
+    with replacing(output) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(row: Row, slices: Slices, seed: int, device: str) -> dict[str, Any]:
+    """A row of the result."""
+    content = row.parser().get_parsed_content
+    network, weights = content("network_def"), content("weights")
+    load_into(network, weights)
+    found, seconds = detect(network.detector.eval().to(device), slices)
+    metrics = pooled(slices, found.anomaly_map[:, 0], seed, found.score, found.reconstruction)
+    return {
+        "name": row.name,
+        "weights_sha256": sha256(weights),
+        "n_slices": len(slices.image),
+        "n_lesion_slices": int(slices.diseased.sum()),
+        **{name: metrics[name] for name in METRICS},
+        "seconds_per_slice": seconds,
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    """A line of the table."""
+    values = [f"{result[name]['value']:.3f}" for name in METRICS]
+    return f"| {result['name']} | {' | '.join(values)} | {result['seconds_per_slice']:.2f} |"
+
+
+def run() -> None:
+    """The command; ends in one line where an input is to blame."""
+    print(f"| | {' | '.join(METRICS.values())} | s a slice |\n{'|---' * (len(METRICS) + 2)}|")
+    try:
+        typer.run(main)
+    except UADError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+if __name__ == "__main__":
+    run()
