@@ -101,18 +101,22 @@ class PDDPMObjective(TrainingObjective):
         fixed_grid: the patch is one of the grid ("fixed sampling", the better one in the paper); False: it lies
             anywhere inside. The code's own random patches overflow the border, and every second is cut there.
         inpaint: only the patch is compared, as published; False compares the whole output.
+        max_timestep: indices are drawn from 0 ... max_timestep - 1; default: all, as published.
     """
 
-    def __init__(self, detector: PDDPM, fixed_grid: bool = True, inpaint: bool = True) -> None:
+    def __init__(
+        self, detector: PDDPM, fixed_grid: bool = True, inpaint: bool = True, max_timestep: int | None = None
+    ) -> None:
         super().__init__()
         self.detector = detector
+        self.max_timestep = max_timestep or len(detector.alpha_bar)
         self.fixed_grid = fixed_grid
         self.inpaint = inpaint
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
         """Key `loss`; indices, patches and noise are drawn from the global generator, for each sample its own."""
         x0 = images * 2 - 1
-        t = torch.randint(len(self.detector.alpha_bar), (len(x0),), device=x0.device)
+        t = torch.randint(self.max_timestep, (len(x0),), device=x0.device)
         mask = torch.stack([inside_box(self.random_box(x0.shape[2:]), x0) for _ in x0])
         return {"loss": self.patch_loss(x0, self.detector.noise(x0, t), mask, t)}
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from monai.networks.blocks.selfattention import SABlock
 from monai.networks.nets import DiffusionModelUNet
 
 from common.errors import UADError
@@ -42,3 +43,19 @@ def test_a_detector_asks_for_the_multiple_of_its_network():
     assert detector.size_divisor == 4
     with pytest.raises(UADError, match="multiples of 4"):
         detector.detect(torch.rand(1, 1, 10, 8))
+
+
+def test_attention_is_fused_in_evaluation_only_and_says_the_same():
+    plain = PixelUnshuffleUNet(**SETTINGS)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(plain.out[2].conv.weight)
+    fused = PixelUnshuffleUNet(**SETTINGS, use_flash_attention=True)
+    fused.load_state_dict(plain.state_dict())
+    blocks = [module for module in fused.modules() if isinstance(module, SABlock)]
+    assert blocks
+    assert not any(block.use_flash_attention for block in blocks)
+    x, t = torch.rand(2, 1, 16, 16), torch.tensor([3, 500])
+    assert torch.allclose(plain.eval()(x, t), fused.eval()(x, t), atol=1e-5)
+    assert all(block.use_flash_attention for block in blocks)
+    assert not any(block.use_flash_attention for block in fused.train().modules() if isinstance(block, SABlock))
+    assert not any(block.use_flash_attention for block in plain.modules() if isinstance(block, SABlock))
