@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -222,12 +223,12 @@ def pooled(
     metrics = DetectionMetrics()
     subjects = np.array(slices.subject)
     foreground = foreground_of(slices.image)[:, 0]
+    images = {} if reconstruction is None else {"image": slices.image, "reconstruction": reconstruction}
     for subject in np.unique(subjects):
         own = torch.from_numpy(subjects == subject)
         volumes = (x[own].movedim(0, -1) for x in (maps, slices.lesion, foreground))
-        images = (slices.image, reconstruction) if reconstruction is not None else ()
-        pair = dict(zip(("image", "reconstruction"), (x[own].movedim(0, -1) for x in images), strict=False))
-        metrics.update(str(subject), *volumes, slice_scores=None if scores is None else scores[own], **pair)
+        own_images = {name: x[own].movedim(0, -1) for name, x in images.items()}
+        metrics.update(str(subject), *volumes, slice_scores=None if scores is None else scores[own], **own_images)
     return metrics.compute(seed)
 
 
@@ -290,13 +291,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run() -> None:
-    """The command; ends in one line where an input is to blame."""
+def run(command: Callable[..., None]) -> None:
+    """Run a script's command; it ends in one line where an input is to blame."""
     try:
-        typer.run(main)
+        typer.run(command)
     except UADError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 if __name__ == "__main__":
-    run()
+    run(main)

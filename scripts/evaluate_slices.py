@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from evaluate_berdiff import Slices, drawn, load_slices, pooled
-from evaluate_sprites import Row, parsed_rows
+from evaluate_berdiff import Slices, drawn, load_slices, pooled, run
+from evaluate_sprites import parsed_rows
 
-from common.errors import UADError
 from common.files import replacing
 from common.report.case import versions
 from common.weights import load_into, sha256
@@ -41,8 +41,10 @@ def main(
 ) -> None:
     """Measure each row, and print the table."""
     rows, prepared, results = parsed_rows(row), dict[str, Slices](), []
+    print(f"| | {' | '.join(METRICS.values())} | s a slice |\n{'|---' * (len(METRICS) + 2)}|")
     for one in rows:
-        preprocessing = one.parser().get_parsed_content("preprocessing")
+        content = one.parser().get_parsed_content
+        preprocessing = content("preprocessing")
         about = json.loads((one.config.parent / "metadata.json").read_text(encoding="utf-8"))
         key = repr((about["modalities"], preprocessing.settings))  # bundles that prepare alike share the slices
         if key not in prepared:
@@ -51,7 +53,7 @@ def main(
             if max_slices is not None:
                 chosen = drawn(slices.diseased.numpy(), max_slices, seed)
             prepared[key] = slices.take(chosen)
-        results.append(measure(one, prepared[key], seed, device))
+        results.append({"name": one.name, **measure(content, prepared[key], seed, device)})
         print(line(results[-1]), flush=True)
     result = {
         "cohort": cohort.name,
@@ -66,9 +68,8 @@ def main(
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def measure(row: Row, slices: Slices, seed: int, device: str) -> dict[str, Any]:
-    """A row of the result."""
-    content = row.parser().get_parsed_content
+def measure(content: Callable[[str], Any], slices: Slices, seed: int, device: str) -> dict[str, Any]:
+    """A row of the result; `content` gives the items of its config."""
     network, weights = content("network_def"), content("weights")
     load_into(network, weights)
     network.to(device).eval().sigma_px = 0  # the neighbours of a drawn slice are far away
@@ -77,7 +78,6 @@ def measure(row: Row, slices: Slices, seed: int, device: str) -> dict[str, Any]:
     seconds = (time.perf_counter() - started) / len(found)
     metrics = pooled(slices, found[:, 0], seed, reconstruction=found[:, 1:])
     return {
-        "name": row.name,
         "weights_sha256": sha256(weights),
         "n_slices": len(slices.image),
         "n_lesion_slices": int(slices.diseased.sum()),
@@ -92,14 +92,5 @@ def line(result: dict[str, Any]) -> str:
     return f"| {result['name']} | {' | '.join(values)} | {result['seconds_per_slice']:.2f} |"
 
 
-def run() -> None:
-    """The command; ends in one line where an input is to blame."""
-    print(f"| | {' | '.join(METRICS.values())} | s a slice |\n{'|---' * (len(METRICS) + 2)}|")
-    try:
-        typer.run(main)
-    except UADError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
-
-
 if __name__ == "__main__":
-    run()
+    run(main)
