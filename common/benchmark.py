@@ -19,7 +19,7 @@ import torch
 from .bundle import BUNDLES_DIR, available_bundles, checked_items, load_workflow, metadata, split_settings
 from .data.cohort import cohort_modalities, read_cohort
 from .data.labelled import check_labelled_cohort
-from .errors import CohortError
+from .errors import CohortError, UADError
 from .files import replacing
 from .handlers.evaluation import BaselineMetrics, labelled_case, write_result
 from .metrics.bootstrap import PAIRED, paired_difference
@@ -85,18 +85,20 @@ def run_benchmark(
     options = dict(options or {})
     settings = {name: value for name, value in options.items() if name != "device"}  # results depend on these
     identity = {"cohort_sha256": cohort_digest(cohort, used), "seed": seed, "options": settings}
-    results = measure_baselines(cohort, output, keys, identity)
     failed: dict[str, str] = {}
+    results = measure_baselines(cohort, output, keys, identity, failed)
     for variant in variants:
-        key, folder = variant.key, BUNDLES_DIR / variant.bundle
+        key, weights = variant.key, BUNDLES_DIR / variant.bundle / "models" / "model.pt"
         own = {**identity, "bundle": variant.bundle, "items": list(variant.items)}
-        own["config_sha256"] = digest([folder / "configs" / name for name in ("inference.json", "evaluate.json")])
-        weights = folder / "models" / "model.pt"
+        own["config_sha256"] = config_digest(variant.bundle)
         own["weights_sha256"] = sha256(weights) if weights.is_file() else None
         try:
             results[key] = finished(output / key, own) or evaluate_apart(variant, cohort, output / key, own, options)
         except MethodFailedError as error:
             failed[key] = str(error)
+    if not results:
+        fact = f"no method could be measured; {', '.join(failed)}: {next(iter(failed.values()))}"
+        raise CohortError(cohort, fact, "correct the cause, and start again")
     write_benchmark(output, cohort.name, identity, results, failed)
     return len(failed)
 
@@ -125,6 +127,11 @@ def cohort_digest(cohort: Path, modalities: Sequence[str]) -> str:
     return digest([cohort, *(path for entry in files for path in ([entry] if isinstance(entry, str) else entry))])
 
 
+def config_digest(bundle: str) -> str:
+    """Of the configs that its results depend on."""
+    return digest([BUNDLES_DIR / bundle / "configs" / name for name in ("inference.json", "evaluate.json")])
+
+
 def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result in a folder, if it is that of these weights and configs, this cohort, seed and options."""
     try:
@@ -138,17 +145,26 @@ def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None
 
 
 def measure_baselines(
-    cohort: Path, output: Path, keys: Iterable[str], identity: Mapping[str, Any]
+    cohort: Path, output: Path, keys: Iterable[str], identity: Mapping[str, Any], failed: dict[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Results of the baselines for each set of modalities, prepared as the first bundle of these modalities does."""
+    """Results of the baselines for each set of modalities, prepared as the first bundle of these modalities does.
+
+    Where its preprocessing refuses the images, `failed` gets the reason.
+    """
     results: dict[str, dict[str, Any]] = {}
     first = {"+".join(metadata(key)["modalities"]): key for key in reversed(list(keys))}
     for modalities, key in sorted(first.items()):
-        own = {**identity, "prepared_as": key}
+        own = {**identity, "prepared_as": key, "config_sha256": config_digest(key)}
         there = {path.name: finished(path, own) for path in output.glob(f"*_{modalities}")}
         found = {name: result for name, result in there.items() if result}
         if not found:
-            for name, result in run_baselines(cohort, key, own).items():
+            try:
+                measured = run_baselines(cohort, key, own)
+            except UADError as error:
+                failed[f"baselines_{modalities}"] = f"{type(error).__name__}: {error}"
+                say(f"baselines on {modalities}: failed: {error}")
+                continue
+            for name, result in measured.items():
                 found[f"{name}_{modalities}"] = {**result, "key": f"{name}_{modalities}", "kind": "baseline", **own}
                 write_result(found[f"{name}_{modalities}"], output / f"{name}_{modalities}" / RESULT)
         results |= found
@@ -162,7 +178,7 @@ def run_baselines(cohort: Path, key: str, identity: Mapping[str, Any]) -> dict[s
         workflow = load_workflow(key, ["inference.json", "evaluate.json"], cohort=str(cohort.resolve()), **override)
         workflow.initialize()
         content, started = workflow.parser.get_parsed_content, time.perf_counter()
-        baselines = BaselineMetrics(content("mean_image"))
+        baselines = BaselineMetrics(metadata(key)["modalities"], content("mean_image"))
         for item in content("dataset"):
             baselines.update(labelled_case(item))
     say(f"baselines on {', '.join(metadata(key)['modalities'])}: {time.perf_counter() - started:.0f} s")

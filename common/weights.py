@@ -34,12 +34,26 @@ def load_weights(path: str | Path | None) -> dict[str, Any]:
 
 def load_into(module: nn.Module, path: str | Path) -> None:
     """Read a state dict into a module, strictly. Raises BundleError where the file or its names do not fit."""
+    _load(module, load_weights(path), path)
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     try:
-        module.load_state_dict(load_weights(path))
+        module.load_state_dict(state)
     except RuntimeError as error:
         cause = str(error).splitlines()[-1]
         fact = f"the weights do not fit the network ({cause})"
         raise BundleError(path, fact, "use those of this bundle and config") from None
+
+
+def load_networks(module: nn.Module, path: str | Path) -> None:
+    """Read the networks alone of a bundle's weights, to train them on: calibration and preparation are not theirs.
+
+    module: its `network_def`. Raises BundleError where the file or its names do not fit.
+    """
+    trained = {name: value for name, value in load_weights(path).items() if name.startswith("detector.")}
+    own = {name: value for name, value in module.state_dict().items() if not name.startswith("detector.")}
+    _load(module, own | trained, path)
 
 
 def save_weights(state_dict: Mapping[str, Tensor], path: str | Path) -> None:

@@ -6,8 +6,8 @@
 A row is a bundle or the path of an `inference.json`, and after a colon items of it with other values, `weights` too;
 `network_def::num_seeds` and `network_def::mirror` among them. The maps are those of the slices, not smoothed in three
 dimensions, on the network's grid; SSIM and PSNR are those of the reconstruction in the foreground outside lesions.
-Settings are chosen so on the split "val": a slice costs a hundredth of a volume. Written: the JSON; the table is
-printed.
+Settings are chosen so on the split "val": a slice costs a hundredth of a volume. Written after each row: the JSON; the
+table is printed.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ def main(
             prepared[key] = slices.take(chosen)
         results.append({"name": one.name, **measure(content, prepared[key], seed, device)})
         print(line(results[-1]), flush=True)
-    result = {
-        "cohort": cohort.name,
-        "split": split,
-        "seed": seed,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "rows": results,
-        "versions": versions(),
-    }
-    with replacing(output) as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        result = {
+            "cohort": cohort.name,
+            "split": split,
+            "seed": seed,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "rows": results,
+            "versions": versions(),
+        }
+        with replacing(output) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(content: Callable[[str], Any], slices: Slices, seed: int, device: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from common import benchmark
 from common.benchmark import Variant
 from common.bundle import BUNDLES_DIR, available_bundles, metadata
 from common.cli import app
-from common.errors import BundleError, CohortError
+from common.errors import BundleError, CohortError, SkullStripError
 from common.report.benchmark_table import cell, size_label
 from common.weights import sha256
 
@@ -148,6 +148,30 @@ def test_a_method_that_fails_stops_no_other(measured, cohort, monkeypatch, capsy
     assert METHOD in {method["key"] for method in table["methods"]}
     assert f"{other} is broken" in (measured / "benchmark.md").read_text(encoding="utf-8")
     (measured / "benchmark.json").write_bytes(before)
+
+
+def test_images_that_no_method_can_prepare(measured, cohort, monkeypatch, tmp_path):
+    """The baselines fail as a method does; where nothing is left there is no table."""
+
+    def refused(*_):
+        raise SkullStripError("a.nii.gz", "no brain alone", "strip it")
+
+    monkeypatch.setattr(benchmark, "run_baselines", refused)
+    monkeypatch.setattr(benchmark, "finished", lambda folder, _: read(folder / "result.json"))
+    shutil.copytree(measured / METHOD, tmp_path / "some" / METHOD)
+    assert benchmark.run_benchmark(cohort, tmp_path / "some", [METHOD], seed=3) == 1
+    table = read(tmp_path / "some" / "benchmark.json")
+    assert [method["key"] for method in table["methods"]] == [METHOD]
+    assert table["failed"] == {"baselines_T1": "SkullStripError: a.nii.gz: no brain alone; strip it"}
+
+    def fails(*_):
+        raise benchmark.MethodFailedError("broken")
+
+    monkeypatch.setattr(benchmark, "finished", lambda *_: None)
+    monkeypatch.setattr(benchmark, "evaluate_apart", fails)
+    with pytest.raises(CohortError, match="no method could be measured.*no brain alone"):
+        benchmark.run_benchmark(cohort, tmp_path / "none", [METHOD], seed=3)
+    assert not (tmp_path / "none" / "benchmark.json").exists()
 
 
 def test_evaluation_that_breaks_is_said_in_one_line(cohort, tmp_path):

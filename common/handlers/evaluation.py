@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +18,14 @@ from monai.transforms import Orientation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..bundle import bundle_root
 from ..calibration import volume_score
 from ..engines import cases
 from ..errors import CohortError
 from ..files import replacing
 from ..methods.base import foreground_of
 from ..metrics import DetectionMetrics, MeanHealthyImage, intensity_threshold
+from ..metrics.baselines import DIRECTIONS, Direction
 from ..metrics.histograms import bin_index, bin_lower_edge
 from ..metrics.paper_slices import PaperSlices
 from ..networks.volume import VolumeDetector
@@ -132,14 +136,15 @@ class BaselineMetrics:
     """Metrics of the baselines that cost nothing: the intensity, and the mean healthy image.
 
     Args:
+        modalities: of the images; with several the intensity of each is a baseline.
         mean_image: fitted on healthy training subjects, or None.
     """
 
-    def __init__(self, mean_image: MeanHealthyImage | None = None) -> None:
-        self.baselines: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-            "intensity_dark": lambda image, brain: intensity_threshold(image, brain, "dark"),
-            "intensity_bright": lambda image, brain: intensity_threshold(image, brain, "bright"),
-        }
+    def __init__(self, modalities: Sequence[str], mean_image: MeanHealthyImage | None = None) -> None:
+        self.baselines: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        for direction, (channel, modality) in product(DIRECTIONS, enumerate(modalities)):
+            name = f"intensity_{direction}_{modality}" if len(modalities) > 1 else f"intensity_{direction}"
+            self.baselines[name] = partial(_intensity, channel=channel, direction=direction)
         if mean_image is not None:
             self.baselines["mean_healthy_image"] = mean_image
         self.metrics = {name: DetectionMetrics() for name in self.baselines}
@@ -153,6 +158,10 @@ class BaselineMetrics:
     def compute(self, seed: int) -> dict[str, dict[str, Any]]:
         """The metrics of each baseline."""
         return {name: metrics.compute(seed) for name, metrics in self.metrics.items()}
+
+
+def _intensity(image: Tensor, brain: Tensor, channel: int, direction: Direction) -> Tensor:
+    return intensity_threshold(image[channel : channel + 1], brain, direction)
 
 
 class Evaluate:
@@ -182,7 +191,8 @@ class Evaluate:
         self.result = Path(result)
         self.metrics = DetectionMetrics()
         self.protocols = PaperSlices()
-        self.baselines = BaselineMetrics(mean_image) if baselines else None
+        about = json.loads((Path(bundle_root(bundle)) / "configs" / "metadata.json").read_text(encoding="utf-8"))
+        self.baselines = BaselineMetrics(about["modalities"], mean_image) if baselines else None
         self.run_time = RunTime(network.axis)
 
     def attach(self, engine: Engine) -> None:

@@ -9,22 +9,24 @@ With several modalities the map is the mean over them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor
 from torch.nn import functional as F
 
+Direction = Literal["bright", "dark"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 _TINY = 1e-6  # keeps 0 / 0 at 0 where no brain is
 
 
-def intensity_threshold(image: Tensor, foreground: Tensor, direction: Literal["bright", "dark"] = "bright") -> Tensor:
+def intensity_threshold(image: Tensor, foreground: Tensor, direction: Direction = "bright") -> Tensor:
     """The intensity itself as anomaly map: x where bright tissue is abnormal (T2, FLAIR), 1 - x where dark is (T1).
 
     Shapes and ranges as in this module's docstring. Raises ValueError for another direction.
     """
-    if direction not in ("bright", "dark"):
+    if direction not in DIRECTIONS:
         raise ValueError(f"direction is 'bright' or 'dark', not {direction!r}")
     abnormality = image if direction == "bright" else 1 - image
     return abnormality.clamp(min=0).mean(0, keepdim=True) * foreground

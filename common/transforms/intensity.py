@@ -6,7 +6,10 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
+import SimpleITK
+import torch
 from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from ..errors import ImageIntensityError
@@ -53,3 +56,47 @@ class ScaleIntensityByForegroundd(MapTransform):
             result[key] = (image / unit).clamp(FOREGROUND_FLOOR, 1.0) * foreground
             result[key].meta["intensity_unit"] = units
         return result
+
+
+class CorrectBiasFieldd(MapTransform):
+    """Divide an image by its bias field (N4, Tustison et al. 2010, by SimpleITK), which is kept as another image.
+
+    The coils of a scanner make tissue brighter here than there; a network that has seen one scanner only takes that for
+    part of the anatomy, and the image of another scanner for abnormal.
+
+    Args:
+        keys: one image (C, H, W, D); the field of each channel is found by itself.
+        foreground_key: its foreground (1, H, W, D) bool, where the field is looked for.
+        field_key: where the field is put, (C, H, W, D) on the image's grid; its geometric mean in the tissue is 1.
+    """
+
+    SPACING_MM = 8.0  # of the grid on which the field is looked for
+    ITERATIONS = (50,) * 3  # at most, with 1, 2 and 4 splines along the brain: a fourth level would fit lesions too
+
+    def __init__(self, keys: KeysCollection, foreground_key: str, field_key: str = "bias_field") -> None:
+        super().__init__(keys)
+        self.foreground_key = foreground_key
+        self.field_key = field_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the corrected image and its field."""
+        image: MetaTensor = data[self.keys[0]]
+        foreground = data[self.foreground_key].as_tensor().bool()[0].cpu().numpy()
+        steps = [round(self.SPACING_MM / spacing) for spacing in image.pixdim.tolist()]
+        shrink = [max(min(step, size // 4), 1) for step, size in zip(steps, foreground.shape, strict=True)]
+        fields = [self._field(channel, foreground, shrink) for channel in image.as_tensor().cpu().numpy()]
+        field = torch.from_numpy(np.stack(fields)).to(image.device)
+        return dict(data) | {self.keys[0]: image / field, self.field_key: MetaTensor(field, affine=image.affine)}
+
+    def _field(self, channel: np.ndarray, foreground: np.ndarray, shrink: list[int]) -> np.ndarray:
+        """(H, W, D) -> float32, the same; of a single slice in its two dimensions."""
+        thick = [axis for axis, size in enumerate(channel.shape) if size > 1]
+        tissue = foreground & (channel > 0)
+        image, mask = (SimpleITK.GetImageFromArray(x.squeeze().T) for x in (channel, tissue.astype(np.uint8)))
+        correction = SimpleITK.N4BiasFieldCorrectionImageFilter()
+        correction.SetMaximumNumberOfIterations(self.ITERATIONS)
+        correction.SetNumberOfThreads(1)  # sums in another order would be other sums
+        correction.Execute(*(SimpleITK.Shrink(x, [shrink[axis] for axis in thick]) for x in (image, mask)))
+        logarithm = SimpleITK.GetArrayFromImage(correction.GetLogBiasFieldAsImage(image))
+        logarithm = logarithm.T.reshape(channel.shape)
+        return np.exp(logarithm - logarithm[tissue].mean() if tissue.any() else 0 * logarithm).astype(np.float32)

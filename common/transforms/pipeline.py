@@ -14,7 +14,7 @@ from monai.transforms import (
 
 from .brain import BrainMaskd
 from .check import CheckVolumed
-from .intensity import ScaleIntensityByForegroundd
+from .intensity import CorrectBiasFieldd, ScaleIntensityByForegroundd
 from .load import LoadImageCheckedd
 from .registration import RegisterToMNId
 from .resample import ResampleForegroundd
@@ -35,6 +35,7 @@ class BrainPreprocessing(Compose):
         channels: modalities.
         register: bring the brain to MNI152, on whose grid the network then works; adds `to_mni`, (4, 4) RAS mm.
         strip: what to do with a skull, see `BrainMaskd`.
+        bias_correction: divide by the bias field, which is kept as `bias_field`, see `CorrectBiasFieldd`.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class BrainPreprocessing(Compose):
         channels: int = 1,
         register: bool = False,
         strip: str | None = None,
+        bias_correction: bool = False,
     ) -> None:
         self.settings = {
             "spacing_mm": spacing_mm,
@@ -55,6 +57,7 @@ class BrainPreprocessing(Compose):
             "channels": channels,
             "register": register,
             "strip": strip,
+            "bias_correction": bias_correction,
         }
         image, both = "image", ("image", "foreground")
         native = ResampleForegroundd(image, "foreground", (spacing_mm,) * 3)
@@ -69,6 +72,7 @@ class BrainPreprocessing(Compose):
                 Orientationd(both, axcodes="RAS", labels=None),
                 RegisterToMNId(image, "foreground", spacing_mm) if register else native,
                 CropForegroundd(both, source_key="foreground", allow_smaller=True),
+                *([CorrectBiasFieldd(image, "foreground")] if bias_correction else []),
                 ScaleIntensityByForegroundd(image, "foreground", percentile, upper),
                 SpatialPadd(image, (canvas, canvas, -1)),
                 DeleteItemsd("foreground"),

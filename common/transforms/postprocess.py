@@ -23,8 +23,9 @@ from .check import voxel_volume_ml
 class SplitPredictiond(MapTransform):
     """Split `pred` (1 + C, H, W, D) into `anomaly_map` and `reconstruction`, 0 outside the brain.
 
-    The reconstruction returns to the image's own units (`meta["intensity_unit"]`), and at the rim it is divided by how
-    much of the brain its interpolation saw, as in `ResampleForegroundd`; the map stays raw. `pred` becomes the map.
+    The reconstruction returns to the image's own units (`meta["intensity_unit"]`), with the bias field of the image
+    where one was taken away (`bias_field`), and at the rim it is divided by how much of the brain its interpolation
+    saw, as in `ResampleForegroundd`; the map stays raw. `pred` becomes the map.
 
     Args:
         keys: the prediction, already inverted to the input's grid.
@@ -47,9 +48,12 @@ class SplitPredictiond(MapTransform):
         foreground = (image > 0).any(dim=0, keepdim=True).to(torch.float32)
         to_mni = np.reshape(image.meta.get("to_mni", np.eye(4)), (4, 4))  # a registered image lies in another world
         affine = torch.as_tensor(to_mni) @ mask.affine
-        share = self.resample(foreground, dst_affine=affine, spatial_size=mask.shape[1:])
-        share = convert_to_tensor(share, track_meta=False).to(values).clamp(min=0.01)
+        grid = {"dst_affine": affine, "spatial_size": mask.shape[1:]}
+        share = convert_to_tensor(self.resample(foreground, **grid), track_meta=False).to(values).clamp(min=0.01)
         reconstruction = values[1:] * unit.view(-1, 1, 1, 1) / share
+        if "bias_field" in result:
+            field = self.resample(result["bias_field"], **grid, padding_mode="border")
+            reconstruction = reconstruction * convert_to_tensor(field, track_meta=False).to(values)
         result["anomaly_map"] = MetaTensor(values[:1].clamp(min=0), affine=mask.affine)
         result["reconstruction"] = MetaTensor(reconstruction, affine=mask.affine)
         result[self.keys[0]] = result["anomaly_map"]

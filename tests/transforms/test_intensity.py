@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor
 
 from common.errors import ImageIntensityError
-from common.transforms.intensity import FOREGROUND_FLOOR, ScaleIntensityByForegroundd
+from common.transforms.intensity import FOREGROUND_FLOOR, CorrectBiasFieldd, ScaleIntensityByForegroundd
 
 
 def make_data(channels=1):
@@ -64,3 +64,43 @@ def test_foreground_without_tissue_is_refused():
     data["image"] = data["image"] * 0 - 1
     with pytest.raises(ImageIntensityError, match="98th percentile"):
         scale(data)
+
+
+def three_tissues(shape=(48, 48, 40)):
+    """A ball of three shells of tissue in a slow field of 0.8 to 1.25, 4 mm; the ball, and the field."""
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in shape), indexing="ij")
+    radius = sum(x**2 for x in axes).sqrt()
+    tissue = 300.0 + 200.0 * (radius * 7).floor().remainder(3)
+    field = torch.exp(0.22 * axes[0] * (1 - axes[1] ** 2))
+    affine = torch.diag(torch.tensor([4.0, 4.0, 4.0, 1.0]))
+    foreground = (radius < 0.9)[None]
+    image = MetaTensor((tissue * field)[None] * foreground, affine=affine, meta={"filename_or_obj": "a.nii.gz"})
+    return {"image": image, "foreground": MetaTensor(foreground, affine=affine)}, field[None]
+
+
+@pytest.mark.parametrize("shape", [(48, 48, 40), (48, 48, 1)])
+def test_bias_field_is_found(shape):
+    data, field = three_tissues(shape)
+    inside = data["foreground"].as_tensor()
+    result = CorrectBiasFieldd("image", "foreground")(data)
+    found = result["bias_field"].as_tensor()
+    assert found.shape == data["image"].shape
+    assert found.dtype == torch.float32
+    left = (found / field).log()[inside].std()
+    assert left < 0.35 * field.log()[inside].std()
+    torch.testing.assert_close((result["image"] * found).as_tensor(), data["image"].as_tensor())
+    assert result["image"].meta["filename_or_obj"] == "a.nii.gz"  # errors that follow name the file
+    again = CorrectBiasFieldd("image", "foreground")(data)
+    assert torch.equal(again["bias_field"].as_tensor(), found)
+
+
+def test_field_of_each_channel_by_itself():
+    data, _ = three_tissues()
+    flat = data["image"].clone()
+    flat[:] = 5.0 * data["foreground"].as_tensor()
+    both = {**data, "image": torch.cat([data["image"], flat])}
+    fields = CorrectBiasFieldd("image", "foreground")(both)["bias_field"].as_tensor()
+    alone = CorrectBiasFieldd("image", "foreground")(data)["bias_field"].as_tensor()
+    assert torch.equal(fields[:1], alone)
+    inside = data["foreground"].as_tensor()[0]
+    assert (fields[1][inside] - 1).abs().max() < 0.03

@@ -125,6 +125,17 @@ def test_split():
     assert result["pred"] is anomaly_map
 
 
+def test_reconstruction_has_the_field_of_the_image():
+    brain = MetaTensor(torch.ones(1, 4, 4, 4, dtype=torch.bool), affine=AFFINE)
+    image = MetaTensor(torch.ones(1, 4, 4, 4), affine=AFFINE, meta={"intensity_unit": [10.0]})
+    smaller = MetaTensor(torch.full((1, 2, 4, 4), 3.0), affine=AFFINE)  # cropped to the brain: its border goes on
+    smaller[:, 0] = 2.0
+    data = {"pred": MetaTensor(torch.full((2, 4, 4, 4), 0.5)), "image": image, "brain": brain, "bias_field": smaller}
+    result = SplitPredictiond()(data)
+    torch.testing.assert_close(result["reconstruction"].as_tensor()[0, :, 0, 0], torch.tensor([10.0, 15.0, 15.0, 15.0]))
+    assert torch.equal(result["anomaly_map"].as_tensor(), torch.full((1, 4, 4, 4), 0.5))
+
+
 def test_reconstruction_is_not_darker_at_the_rim():
     """The network's grid holds the brain in its second half only; half way between, a value saw one half of it."""
     image = MetaTensor(torch.zeros(1, 4, 4, 4), affine=AFFINE, meta={"intensity_unit": [10.0]})
