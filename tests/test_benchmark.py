@@ -169,7 +169,7 @@ def test_images_that_no_method_can_prepare(measured, cohort, monkeypatch, tmp_pa
 
     monkeypatch.setattr(benchmark, "finished", lambda *_: None)
     monkeypatch.setattr(benchmark, "evaluate_apart", fails)
-    with pytest.raises(CohortError, match="no method could be measured.*no brain alone"):
+    with pytest.raises(CohortError, match=r"no method could be measured.*no brain alone"):
         benchmark.run_benchmark(cohort, tmp_path / "none", [METHOD], seed=3)
     assert not (tmp_path / "none" / "benchmark.json").exists()
 

@@ -88,7 +88,7 @@ def test_any_grid_comes_back(spacing_mm, rotation, phantom, save_nifti, tmp_path
 
 
 def test_bias_field_is_taken_away_and_given_back(phantom, save_nifti, tmp_path):
-    """Two scanners, of which one is brighter at the front: much the same to the network, and reconstructed as it was."""
+    """Of two scanners one is brighter at the front: much the same to the network, and reconstructed as it was."""
     shape, affine = phantom.grid((1.2, 1.2, 4.0), OBLIQUE)
     volume, brain, _ = phantom.on_grid(shape, affine)
     field = np.exp(np.linspace(-0.2, 0.2, shape[1]))[:, None]
