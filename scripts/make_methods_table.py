@@ -1,10 +1,10 @@
-"""Write the table of the methods in the README from the benchmarks under docs/benchmarks.
+"""Write the tables of the README and of the model cards from the benchmarks under docs/benchmarks.
 
     python scripts/make_methods_table.py [--check]
 
 Each folder there is what `uad benchmark` wrote. A method that a benchmark does not hold has a dash; one that was
 measured with other weights than are shipped now is refused. With --check nothing is written, and the exit code is 1
-where the README says something else.
+where the README or a card says something else.
 """
 
 from __future__ import annotations
@@ -23,27 +23,40 @@ from common.report.benchmark_table import cell
 from common.weights import sha256
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- methods: scripts/make_methods_table.py -->", "<!-- methods end -->"
+METHODS = "<!-- methods: scripts/make_methods_table.py -->", "<!-- methods end -->"
+PERFORMANCE = "<!-- performance: scripts/make_methods_table.py -->", "<!-- performance end -->"  # of cards that have it
 COHORTS = {  # folder under docs/benchmarks: column
     "ixi-blobs": "brain T1, blobs",
     "ixi-atlas": "brain T1, MS shapes",
     "glioma": "glioma",
     "headct-sprites": "head CT, sprites",
 }
+METRICS = {  # of the cards
+    "auprc": "AUPRC",
+    "max_dice_pooled": "best Dice (oracle)",
+    "dice_at_threshold": "Dice at the healthy threshold",
+    "image_auroc": "slice AUROC",
+    "healthy_fp_share": "healthy voxels above threshold",
+}
 
 
 def main(check: Annotated[bool, typer.Option("--check", help="Only compare.")] = False) -> None:
-    """Put the table between the markers of the README."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    """Put the tables between their markers."""
+    readme, new = ROOT / "README.md", {}
     try:
-        new = with_table(text, table(read_benchmarks(ROOT / "docs" / "benchmarks")))
+        benchmarks = read_benchmarks(ROOT / "docs" / "benchmarks")
+        new[readme] = with_table(readme, METHODS, table(benchmarks))
+        for key in available_bundles():
+            card = BUNDLES_DIR / key / "docs" / "README.md"
+            if PERFORMANCE[0] in card.read_text(encoding="utf-8"):
+                new[card] = with_table(card, PERFORMANCE, card_table(key, benchmarks))
     except UADError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
     if check:
-        sys.exit(int(new != text))
-    with replacing(readme) as temporary:
-        temporary.write_text(new, encoding="utf-8")
+        sys.exit(int(any(path.read_text(encoding="utf-8") != text for path, text in new.items())))
+    for path, text in new.items():
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def read_benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
@@ -91,6 +104,20 @@ def table(benchmarks: dict[str, dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def card_table(key: str, benchmarks: dict[str, dict[str, Any]]) -> str:
+    """A row a cohort that the bundle was measured on, and what a volume of the first costs."""
+    results = {cohort: benchmarks[cohort][key] for cohort in COHORTS if key in benchmarks.get(cohort, {})}
+    header = ["", *METRICS.values(), "best free baseline, AUPRC"]
+    rows = [
+        [COHORTS[cohort], *(cell(result[name]) for name in METRICS), best_baseline(benchmarks[cohort])]
+        for cohort, result in results.items()
+    ]
+    lines = [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
+    run = next(iter(results.values()))["run_time"]
+    cost = f"{run['seconds_per_volume']:.2g} s on one busy CPU core, {run['peak_memory_mb'] / 1e3:.1f} GB"
+    return "\n".join([*lines, "", f"A volume of {run['slices_per_volume']:.0f} slices: {cost}."])
+
+
 def best_baseline(results: dict[str, Any]) -> str:
     """Its AUPRC, and which it is."""
     baselines = [result for result in results.values() if result["kind"] == "baseline"]
@@ -98,13 +125,13 @@ def best_baseline(results: dict[str, Any]) -> str:
     return f"{cell(best['auprc'])} {best['key'].rpartition('_')[0].replace('_', ' ')}"
 
 
-def with_table(text: str, content: str) -> str:
-    """The text with what is between the markers replaced."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def with_table(path: Path, markers: tuple[str, str], content: str) -> str:
+    """The text of a file with what is between its markers replaced."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not (begin and end):
-        raise ValueError(f"README.md lacks {BEGIN} or {END}")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+        raise ValueError(f"{path} lacks {markers[0]} or {markers[1]}")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 if __name__ == "__main__":
