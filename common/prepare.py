@@ -23,8 +23,9 @@ from .transforms.pipeline import BrainPreprocessing
 def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool, strip: str | None) -> int:
     """Write each subject's images (float32, brain in (0, 1], else 0), brain and lesion mask, and `cohort.csv` of them.
 
-    Subjects that are there already are kept. The bundles' own preprocessing finds nothing left to do in the result
-    but to correct the bias field. Returns how many failed; they are in `status.tsv` and not in the new cohort. Raises CohortError or OutputError.
+    Subjects that are there already are kept. The bundles' own preprocessing finds nothing left to do in the result but
+    to correct the bias field. Returns how many failed; they are in `status.tsv` and not in the new cohort.
+    Raises CohortError or OutputError.
     """
     modalities = cohort_modalities(cohort)
     preprocessing = BrainPreprocessing(

@@ -32,6 +32,7 @@ from ..networks.volume import VolumeDetector
 from ..report.case import versions
 from ..transforms.check import voxel_volume_ml
 from ..transforms.load import load_lesion
+from ..transforms.postprocess import intensity_unit
 from ..weights import load_weights, save_weights, sha256
 from .run_time import RunTime
 
@@ -110,7 +111,7 @@ class LabelledCase:
 
     subject: str
     image: Tensor  # in [0, 1], 0 outside the foreground
-    unit: Tensor  # (C, 1, 1, 1), the intensity that 1 stands for
+    unit: Tensor  # (C, 1, 1, 1) or (C, H, W, D), the intensity that 1 stands for
     brain: Tensor  # (1, H, W, D) bool
     lesion: Tensor | None  # (H, W, D) bool
     voxel_ml: float
@@ -119,7 +120,7 @@ class LabelledCase:
 
 def labelled_case(batch: Mapping[str, Any]) -> LabelledCase:
     """From what the preprocessing makes of an item of a cohort. Raises UADError where the lesion mask does not fit."""
-    unit = torch.tensor(np.asarray(batch["image"].meta["intensity_unit"], dtype=np.float32).ravel()).view(-1, 1, 1, 1)
+    unit = _ras(MetaTensor(intensity_unit(batch), affine=batch["brain"].affine))
     brain = _ras(batch["brain"]) > 0
     return LabelledCase(
         subject=str(batch["subject"]),

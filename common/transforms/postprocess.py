@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 from monai.utils import convert_to_tensor
 from scipy import ndimage
+from torch import Tensor
 
 from ..calibration import Calibration
 from ..errors import BundleError
@@ -44,20 +45,35 @@ class SplitPredictiond(MapTransform):
         result = dict(data)
         image, mask, pred = result[self.image_key], result[self.mask_key], result[self.keys[0]]
         values = pred.as_tensor() * mask.as_tensor().bool().to(pred.device)
-        unit = values.new_tensor(np.asarray(image.meta["intensity_unit"], dtype=float).ravel())
         foreground = (image > 0).any(dim=0, keepdim=True).to(torch.float32)
-        to_mni = np.reshape(image.meta.get("to_mni", np.eye(4)), (4, 4))  # a registered image lies in another world
-        affine = torch.as_tensor(to_mni) @ mask.affine
-        grid = {"dst_affine": affine, "spatial_size": mask.shape[1:]}
-        share = convert_to_tensor(self.resample(foreground, **grid), track_meta=False).to(values).clamp(min=0.01)
-        reconstruction = values[1:] * unit.view(-1, 1, 1, 1) / share
-        if "bias_field" in result:
-            field = self.resample(result["bias_field"], **grid, padding_mode="border")
-            reconstruction = reconstruction * convert_to_tensor(field, track_meta=False).to(values)
+        share = self.resample(foreground, **_input_grid(image, mask))
+        share = convert_to_tensor(share, track_meta=False).to(values).clamp(min=0.01)
+        unit = intensity_unit(result, self.image_key, self.mask_key).to(values)
+        reconstruction = values[1:] * unit / share
         result["anomaly_map"] = MetaTensor(values[:1].clamp(min=0), affine=mask.affine)
         result["reconstruction"] = MetaTensor(reconstruction, affine=mask.affine)
         result[self.keys[0]] = result["anomaly_map"]
         return result
+
+
+def intensity_unit(data: Mapping[Any, Any], image_key: str = "image", mask_key: str = "brain") -> Tensor:
+    """The intensity on the input's grid that 1 in the prepared image stands for.
+
+    (C, 1, 1, 1) float32, or (C, h, w, d) where the image was divided by its `bias_field`.
+    """
+    image, mask = data[image_key], data[mask_key]
+    unit = torch.tensor(np.asarray(image.meta["intensity_unit"], dtype=np.float32).ravel()).view(-1, 1, 1, 1)
+    if "bias_field" not in data:
+        return unit
+    resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=None)
+    field = resample(data["bias_field"], **_input_grid(image, mask))
+    return unit * convert_to_tensor(field, track_meta=False).cpu()
+
+
+def _input_grid(image: MetaTensor, mask: MetaTensor) -> dict[str, Any]:
+    """The grid of the mask in the world of a prepared image, which is another one where it was registered."""
+    to_mni = np.reshape(image.meta.get("to_mni", np.eye(4)), (4, 4))
+    return {"dst_affine": torch.as_tensor(to_mni) @ mask.affine, "spatial_size": mask.shape[1:]}
 
 
 class SegmentAnomaliesd(MapTransform):

@@ -1,0 +1,30 @@
+"""The image that metrics and baselines look at is the one that the network sees, on the input's grid."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from common.handlers.evaluation import labelled_case
+
+AFFINE = np.diag([-2.0, 2.0, 2.0, 1.0])  # not RAS, in which cases are measured
+
+
+def test_case_is_measured_without_its_bias_field():
+    generator = torch.Generator().manual_seed(0)
+    prepared = torch.rand(2, 4, 5, 6, generator=generator) * 0.8 + 0.1
+    field = torch.rand(2, 4, 5, 6, generator=generator) + 0.5
+    units = [10.0, 300.0]
+    batch = {
+        "subject": "a",
+        "image": MetaTensor(prepared, affine=AFFINE, meta={"intensity_unit": units}),
+        "bias_field": MetaTensor(field, affine=AFFINE),
+        "input": MetaTensor(prepared * field * torch.tensor(units).view(2, 1, 1, 1), affine=AFFINE),
+        "brain": MetaTensor(torch.ones(1, 4, 5, 6, dtype=torch.bool), affine=AFFINE),
+    }
+    case = labelled_case(batch)
+    torch.testing.assert_close(case.image, prepared.flip(1))
+    torch.testing.assert_close(case.unit, (field * torch.tensor(units).view(2, 1, 1, 1)).flip(1))
+    del batch["bias_field"]
+    assert labelled_case(batch).unit.flatten().tolist() == units
