@@ -28,6 +28,7 @@ PERFORMANCE = "<!-- performance: scripts/make_methods_table.py -->", "<!-- perfo
 COHORTS = {  # folder under docs/benchmarks: column
     "ixi-blobs": "brain T1, blobs",
     "ixi-atlas": "brain T1, MS shapes",
+    "ms-patient": "T1 of another scanner, MS, 1 patient",
     "glioma": "glioma",
     "headct-sprites": "head CT, sprites",
 }
