@@ -41,6 +41,15 @@ def main(
 ) -> None:
     """Measure each row, and print the table."""
     rows, prepared, results = parsed_rows(row), dict[str, Slices](), []
+    result = {
+        "cohort": cohort.name,
+        "split": split,
+        "seed": seed,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "rows": results,
+        "versions": versions(),
+    }
     print(f"| | {' | '.join(METRICS.values())} | s a slice |\n{'|---' * (len(METRICS) + 2)}|")
     for one in rows:
         content = one.parser().get_parsed_content
@@ -55,15 +64,6 @@ def main(
             prepared[key] = slices.take(chosen)
         results.append({"name": one.name, **measure(content, prepared[key], seed, device)})
         print(line(results[-1]), flush=True)
-        result = {
-            "cohort": cohort.name,
-            "split": split,
-            "seed": seed,
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "rows": results,
-            "versions": versions(),
-        }
         with replacing(output) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

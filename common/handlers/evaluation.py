@@ -192,8 +192,10 @@ class Evaluate:
         self.result = Path(result)
         self.metrics = DetectionMetrics()
         self.protocols = PaperSlices()
-        about = json.loads((Path(bundle_root(bundle)) / "configs" / "metadata.json").read_text(encoding="utf-8"))
-        self.baselines = BaselineMetrics(about["modalities"], mean_image) if baselines else None
+        self.baselines = None
+        if baselines:
+            about = json.loads((Path(bundle_root(bundle)) / "configs" / "metadata.json").read_text(encoding="utf-8"))
+            self.baselines = BaselineMetrics(about["modalities"], mean_image)
         self.run_time = RunTime(network.axis)
 
     def attach(self, engine: Engine) -> None:
