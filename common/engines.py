@@ -62,3 +62,8 @@ def total_loss(losses: dict[str, Tensor], target: None) -> Tensor:
 def mean_loss(key: str = "loss") -> Average:
     """Metric: mean of one of the objective's losses over the batches of an epoch."""
     return Average(output_transform=lambda output: output["pred"][key].item())
+
+
+def is_lower(loss: float, best: float) -> bool:
+    """`metric_cmp_fn` of the validation: of two losses the lower is better, where MONAI takes the higher for it."""
+    return loss < best

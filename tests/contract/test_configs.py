@@ -139,3 +139,11 @@ def test_training_and_inference_share(name, configs):
 def test_workflows_name_this_bundle(configs, bundle):
     for name in ("inference.json", "train.json"):
         assert configs[name]["bundle_root"] == {"_target_": "common.bundle.bundle_root", "name": bundle.name}
+
+
+def test_the_best_epoch_is_that_of_the_lowest_loss(configs):
+    for name, config in configs.items():
+        if name.startswith("train"):
+            better = locate(config["validate"]["evaluator"]["metric_cmp_fn"]["_target_"])
+            assert better(0.1, 0.2), name
+            assert not better(0.2, 0.1), name
