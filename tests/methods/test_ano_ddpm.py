@@ -1,10 +1,8 @@
 """AnoDDPM against its reference program: golden/ano_ddpm/README.md. What it shares with `ddpm` is tested there."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from arrays import golden_of
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
@@ -12,7 +10,7 @@ from common.methods.ano_ddpm import AnoDDPM, AnoDDPMObjective
 from common.methods.ddpm import gaussian_noise
 from common.schedulers.simplex import SimplexNoise
 
-GOLDEN = Path(__file__).parents[1] / "golden/ano_ddpm"
+golden = golden_of("ano_ddpm")
 PAPER_UNET = {
     "spatial_dims": 2,
     "in_channels": 1,
@@ -23,11 +21,6 @@ PAPER_UNET = {
     "num_head_channels": (0, 0, 0, 128, 256, 256),
     "resblock_updown": True,
 }
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items()}
 
 
 class Stub(nn.Module):

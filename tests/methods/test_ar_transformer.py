@@ -1,10 +1,8 @@
 """The autoregressive transformers against a toy model (golden/latent_ddpm/README.md), and the contract of a method."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from arrays import generators, golden_of, slices
 from torch import nn
 
 from common.errors import ImageShapeError
@@ -19,12 +17,7 @@ from common.methods.ar_transformer import (
 from common.networks.latent_space import LatentSpace
 from common.networks.vq_autoencoder import VQAutoencoder
 
-GOLDEN = Path(__file__).parents[1] / "golden/latent_ddpm"
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items()}
+golden = golden_of("latent_ddpm")
 
 
 def tiny(num_embeddings=16, channels=1, latent_size=(4, 4), **settings):
@@ -41,17 +34,6 @@ def tiny(num_embeddings=16, channels=1, latent_size=(4, 4), **settings):
     for parameter in detector.transformers.parameters():
         nn.init.normal_(parameter, std=0.3)
     return detector
-
-
-def slices(batch=3, channels=1, size=16):
-    image = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
-    image[..., :3, :] = 0
-    image[..., -2:] = 0
-    return image
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 class Toy(nn.Module):

@@ -2,13 +2,13 @@
 
 import sys
 from copy import deepcopy
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from arrays import generators, golden_of, slices
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
@@ -25,13 +25,8 @@ from common.methods.auto_ddpm import (
 from common.networks.strided_autoencoder import StridedAutoencoderKL
 from common.weights import save_weights
 
-GOLDEN = Path(__file__).parents[1] / "golden/auto_ddpm"
+golden = golden_of("auto_ddpm")
 FAST = {"level": 20, "num_inference_steps": 2, "stitch_level": 4, "n_resample": 2}
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items() if value.dtype.kind != "U"}
 
 
 def toy(x, t):
@@ -86,17 +81,6 @@ def unet(channels=1):
 def tiny(channels=1, **settings):
     """A detector whose threshold masks a part of each slice, and not only of the background."""
     return AutoDDPM(unet(channels), **{"perceptual": SSIMMap(5), "threshold": 0.01, **FAST, **settings}).eval()
-
-
-def slices(batch=3, channels=1, size=16):
-    image = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
-    image[..., :3, :] = 0
-    image[..., -2:] = 0
-    return image
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 # --- against the reference ---

@@ -1,11 +1,10 @@
 """BerDiff against its reference program (golden/berdiff/README.md), and the contract of a method."""
 
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from arrays import generators, golden_of, slices
 from monai.data import MetaTensor, list_data_collate
 from monai.networks.nets import PatchDiscriminator
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
@@ -24,13 +23,8 @@ from common.networks.binary_autoencoder import BinaryLatentSpace, StridedBinaryA
 from common.networks.volume import VolumeDetector
 from common.schedulers.bernoulli import BernoulliScheduler
 
-GOLDEN = Path(__file__).parents[1] / "golden/berdiff"
+golden = golden_of("berdiff")
 FINALS = ["sample", "threshold", "soft", "soft_unstitched"]
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items()}
 
 
 class Stub(nn.Module):
@@ -59,17 +53,6 @@ def tiny(unet=None, channels=1, scheduler=None, **settings):
     space = BinaryLatentSpace(autoencoder, 4)
     settings = {"L": 20, "num_inference_steps": 5, "batch_size": 2, "median_size": 1, **settings}
     return BerDiff(space, unet or network, scheduler or BernoulliScheduler(), **settings).eval()
-
-
-def slices(batch=3, channels=1, size=16):
-    image = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
-    image[..., :3, :] = 0
-    image[..., -2:] = 0
-    return image
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def code(*shape, seed=0):

@@ -1,17 +1,14 @@
 """DAE against the published formulas (golden/dae/README.md), and the contract of a method."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from arrays import golden_of, slices
 from torch import nn
 
 from common.errors import ImageShapeError
 from common.methods.dae import DAE, DAEObjective, coarse_noise
 from common.networks.weight_standardised_unet import WeightStandardisedUNet
-
-GOLDEN = Path(__file__).parents[1] / "golden/dae/dae.npz"
 
 
 class Record(nn.Module):
@@ -30,8 +27,7 @@ class Record(nn.Module):
 
 @pytest.fixture(scope="module")
 def golden():
-    with np.load(GOLDEN) as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items()}
+    return golden_of("dae")("dae")
 
 
 def tiny(channels=1, **settings):
@@ -40,13 +36,6 @@ def tiny(channels=1, **settings):
     for parameter in detector.parameters():
         nn.init.normal_(parameter, std=0.3)
     return detector
-
-
-def slices(batch=3, channels=1, size=16):
-    image = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
-    image[..., :3, :] = 0
-    image[..., -2:] = 0
-    return image
 
 
 def test_noise_is_upsampled_with_aligned_corners_and_rolled(golden):

@@ -1,11 +1,11 @@
 """Partial diffusion against the reference programs (golden/ddpm and golden/ano_ddpm), and the contract of a method."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from arrays import golden_of, slices
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
@@ -14,12 +14,7 @@ from common.errors import ImageShapeError, SettingError
 from common.methods.base import median, noise_like
 from common.methods.ddpm import DDPM, DDPMObjective, gaussian_noise, walk
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items()}
+golden = golden_of("")
 
 
 def toy(x, t):
@@ -67,13 +62,6 @@ def unet(channels=1):
 
 def tiny(channels=1, **settings):
     return DDPM(unet(channels), **{"level": 40, "num_inference_steps": 4, **settings}).eval()
-
-
-def slices(batch=3, channels=1, size=16):
-    image = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
-    image[..., :3, :] = 0
-    image[..., -2:] = 0
-    return image
 
 
 # --- against the references ---

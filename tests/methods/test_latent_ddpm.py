@@ -1,11 +1,9 @@
 """The latent DDPM against the formulas of its paper (golden/latent_ddpm/README.md), and the contract of a method."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from arrays import generators, golden_of, slices
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
@@ -21,15 +19,10 @@ from common.networks.latent_space import LatentSpace
 from common.networks.vq_autoencoder import VQAutoencoder
 from common.schedulers.gaussian import GaussianScheduler, evenly_spaced
 
-GOLDEN = Path(__file__).parents[1] / "golden/latent_ddpm"
+golden = golden_of("latent_ddpm")
 SCHEDULE = {"beta_start": 0.0015, "beta_end": 0.0195}
 VARIANTS = ["a", "b", "c", "d"]
 SHORT = {"num_train_timesteps": 20, "beta_start": 0.005, "beta_end": 0.3}
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items() if value.dtype.kind in "iuf"}
 
 
 class Stub(nn.Module):
@@ -77,17 +70,6 @@ def tiny(unet=None, channels=1, fitted=True, **settings):
 
 def paper_chain(unet=None, **settings):
     return LatentDDPM(latent_space(), unet or Stub(), GaussianScheduler(**SCHEDULE), (4, 4), **settings)
-
-
-def slices(batch=3, channels=1, size=16):
-    image = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
-    image[..., :3, :] = 0
-    image[..., -2:] = 0
-    return image
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 # --- against the formulas ---

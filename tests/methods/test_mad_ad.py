@@ -1,11 +1,11 @@
 """MAD-AD against its reference program (golden/mad_ad/README.md), and the contract of a method."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from arrays import generators, golden_of, slices
 from torch import nn
 
 from common.errors import ImageShapeError, SettingError
@@ -16,13 +16,8 @@ from common.networks.masked_unet import MaskedDiffusionUNet
 from common.networks.strided_autoencoder import StridedAutoencoderKL
 from common.schedulers.masked_ddim import MaskedDDIMScheduler
 
-GOLDEN = Path(__file__).parents[1] / "golden/mad_ad"
+golden = golden_of("mad_ad")
 MAP_KINDS = ["image", "input", "latent", "mask"]
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items()}
 
 
 class Stub(nn.Module):
@@ -51,17 +46,6 @@ def tiny(unet=None, randomise=True, channels=1, **settings):
     space = LatentSpace(autoencoder, 4)
     space.scale.fill_(1.7)
     return MADAD(space, unet or network, MaskedDDIMScheduler(), **{"sigma_px": 1.0, "gamma": None, **settings}).eval()
-
-
-def slices(batch=3, channels=1, size=16):
-    image = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
-    image[..., :3, :] = 0
-    image[..., -2:] = 0
-    return image
-
-
-def generators(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 # --- the detector against the reference ---

@@ -2,11 +2,11 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from arrays import GOLDEN, golden_of, slices
 from monai.networks.nets import DiffusionModelUNet
 from scipy import ndimage
 from torch import nn
@@ -14,8 +14,8 @@ from torch import nn
 from common.errors import ImageShapeError, SettingError
 from common.methods.pddpm import PDDPM, PDDPMObjective, eroded, inside_box, patch_grid
 
-GOLDEN = Path(__file__).parents[1] / "golden/pddpm"
-GRIDS = json.loads((GOLDEN / "grids.json").read_text(encoding="utf-8"))
+golden = golden_of("pddpm")
+GRIDS = json.loads((GOLDEN / "pddpm/grids.json").read_text(encoding="utf-8"))
 PAPER_UNET = {
     "spatial_dims": 2,
     "in_channels": 1,
@@ -26,11 +26,6 @@ PAPER_UNET = {
     "num_head_channels": 64,
     "resblock_updown": True,
 }
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items()}
 
 
 class Stub(nn.Module):
@@ -54,13 +49,6 @@ def tiny(channels=1, **settings):
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
     return PDDPM(network, **{"patch_size": 8, "erosion": 0, "median_size": 1, **settings}).eval()
-
-
-def slices(batch=3, channels=1, size=16):
-    image = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
-    image[..., :3, :] = 0
-    image[..., -2:] = 0
-    return image
 
 
 # --- against the reference ---

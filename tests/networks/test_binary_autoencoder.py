@@ -1,11 +1,10 @@
 """Bits between MONAI's encoders and decoders: the published sizes and arrays (golden/berdiff/README.md)."""
 
 import inspect
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from arrays import golden_of
 from monai.networks.nets import AutoencoderKL
 from torch import nn
 
@@ -18,13 +17,8 @@ from common.networks.binary_autoencoder import (
     straight_through,
 )
 
-GOLDEN = Path(__file__).parents[1] / "golden/berdiff"
+golden = golden_of("berdiff")
 DEAD = 153_092  # of the published 4,256,808: shortcuts and a head that are never used, for four channels
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items()}
 
 
 def paper(**changes):

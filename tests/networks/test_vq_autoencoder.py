@@ -1,16 +1,12 @@
 """The VQ-VAE: MONAI's quantiser (golden/latent_ddpm/README.md), and a codebook that is used."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from arrays import golden_of
 
 from common.errors import SettingError
 from common.networks.latent_space import LatentSpace
 from common.networks.vq_autoencoder import VQAutoencoder, codebook_use, far_apart
-
-GOLDEN = Path(__file__).parents[1] / "golden/latent_ddpm"
 
 
 def tiny(num_embeddings=8, **settings):
@@ -22,8 +18,7 @@ def tiny(num_embeddings=8, **settings):
 
 @pytest.fixture
 def g():
-    with np.load(GOLDEN / "vq.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items() if value.dtype.kind in "iuf"}
+    return golden_of("latent_ddpm")("vq")
 
 
 def quantiser_of(g, cluster_size=0.0, restart_below=0.1):

@@ -1,20 +1,13 @@
 """Schedule, forward process and posterior of BerDiff: golden/berdiff/README.md, closed forms, and simulation."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from arrays import golden_of
 
 from common.errors import SettingError
 from common.schedulers.bernoulli import BernoulliScheduler
 
-GOLDEN = Path(__file__).parents[1] / "golden/berdiff"
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items()}
+golden = golden_of("berdiff")
 
 
 def bits(*shape, seed=0):

@@ -1,27 +1,20 @@
 """The Gaussian diffusion against closed forms (golden/latent_ddpm/README.md), and against what MONAI's does wrong."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from arrays import golden_of
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 
 from common.errors import SettingError
 from common.schedulers.gaussian import GaussianScheduler, evenly_spaced
 
-GOLDEN = Path(__file__).parents[1] / "golden/latent_ddpm"
+golden = golden_of("latent_ddpm")
 OTHER = {"beta_start": 0.0015, "beta_end": 0.0195}
 SCHEDULES = {
     "linear_1e-4_2e-2": GaussianScheduler(),
     "linear_0.0015_0.0195": GaussianScheduler(**OTHER),
     "scaled_linear_0.0015_0.0195": GaussianScheduler(schedule="scaled_linear_beta", **OTHER),
 }
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items() if value.dtype.kind in "iuf"}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

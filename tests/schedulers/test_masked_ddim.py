@@ -1,20 +1,13 @@
 """Schedule, forward process and reverse step of MAD-AD against its reference program: golden/mad_ad/README.md."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from arrays import golden_of
 
 from common.errors import SettingError
 from common.schedulers.masked_ddim import MaskedDDIMScheduler
 
-GOLDEN = Path(__file__).parents[1] / "golden/mad_ad"
-
-
-def golden(name):
-    with np.load(GOLDEN / f"{name}.npz") as arrays:
-        return {key: torch.from_numpy(value) for key, value in arrays.items()}
+golden = golden_of("mad_ad")
 
 
 def test_alpha_bar_is_the_published_cosine_schedule():
