@@ -150,9 +150,9 @@ def _precision_recall(results: Results) -> Markup | None:
             recall, precision = _curve(result, "recall"), _curve(result, "precision")
             axes[0].plot(recall, precision, _line(result), label=key, color=_colours(results)[key])
         axes[0].set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
-        axes[0].legend()
+        axes[0].figure.legend(loc="outside lower center", ncols=3, fontsize=8)
 
-    return _draw(5, 4.2, 1, fill) if shown else None
+    return _draw(5, 5, 1, fill) if shown else None
 
 
 def _dice(results: Results) -> Markup | None:
@@ -168,9 +168,9 @@ def _dice(results: Results) -> Markup | None:
         axes[0].set(xlabel="threshold / shipped threshold", ylabel="Dice, pooled", xscale="log", xlim=(0.1, 10))
         axes[0].xaxis.set_major_formatter("{x:g}")
         axes[0].set_ylim(bottom=0)
-        axes[0].legend()
+        axes[0].figure.legend(loc="outside lower center", ncols=3, fontsize=8)
 
-    return _draw(5, 4.2, 1, fill) if shown else None
+    return _draw(5, 5, 1, fill) if shown else None
 
 
 def _time(results: Results) -> Markup | None:
