@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,10 @@ from torch import Tensor
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def golden_of(method: str) -> Callable[[str], dict[str, Tensor]]:
-    """A function that reads the numbers of one file in `golden/<method>`."""
-
-    def golden(name: str) -> dict[str, Tensor]:
-        with np.load(GOLDEN / method / f"{name}.npz") as arrays:
-            return {key: torch.from_numpy(value) for key, value in arrays.items() if value.dtype.kind in "biuf"}
-
-    return golden
+def golden(name: str) -> dict[str, Tensor]:
+    """The numbers of one file, `golden/<method>/<file>.npz`, by its method and file: "mad_ad/schedule"."""
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return {key: torch.from_numpy(value) for key, value in arrays.items() if value.dtype.kind in "biuf"}
 
 
 def slices(batch: int = 3, channels: int = 1, size: int = 16) -> Tensor:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from arrays import slices
 from monai.networks.nets import AutoEncoder
 from torch import nn
 
@@ -24,12 +25,6 @@ def tiny(channels=1, **settings):
     torch.manual_seed(0)
     network = AutoEncoder(2, channels, channels, (4, 8, 2), (2, 2, 1), kernel_size=5, up_kernel_size=5, norm=None)
     return AE(network, **settings).eval()
-
-
-def slices(batch=3, channels=1, size=16):
-    image = torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
-    image[..., :3, :] = 0
-    return image
 
 
 @pytest.mark.parametrize("channels", [1, 2])

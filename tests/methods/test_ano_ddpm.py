@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from arrays import golden_of
+from arrays import golden, slices
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
@@ -10,7 +10,6 @@ from common.methods.ano_ddpm import AnoDDPM, AnoDDPMObjective
 from common.methods.ddpm import gaussian_noise
 from common.schedulers.simplex import SimplexNoise
 
-golden = golden_of("ano_ddpm")
 PAPER_UNET = {
     "spatial_dims": 2,
     "in_channels": 1,
@@ -51,14 +50,8 @@ class Seeded(SimplexNoise):
         return self.field(x.shape[2:], t[:1], seed).expand_as(x)
 
 
-def slices(batch=2, size=16):
-    image = torch.rand(batch, 1, size, size, generator=torch.Generator().manual_seed(1)) * 0.9 + 0.1
-    image[..., :3, :] = 0
-    return image
-
-
 def test_up_and_down_with_simplex_noise():
-    g = golden("forward_backward_simplex_L5")
+    g = golden("ano_ddpm/forward_backward_simplex_L5")
     noise, stub = Seeded(g["seeds_in_order"].tolist()), Stub()
     detector = AnoDDPM(stub, level=5, forward_noise=noise, reverse_noise=noise)
     result = detector.reconstruct(g["x0"], [])
@@ -68,7 +61,7 @@ def test_up_and_down_with_simplex_noise():
 
 
 def test_training_loss():
-    g = golden("train_loss_simplex")
+    g = golden("ano_ddpm/train_loss_simplex")
     objective, t = AnoDDPMObjective(AnoDDPM(Stub())), g["t"].view(1)
     noise = Seeded([int(g["seed"])])(g["x0"], t)
     torch.testing.assert_close(noise[0, 0].double(), g["noise"], atol=6e-4, rtol=0)
@@ -102,7 +95,7 @@ def test_noises_are_chosen_separately():
 
 
 def test_training_has_the_noise_of_the_way_up():
-    objective, image = AnoDDPMObjective(AnoDDPM(Stub())), slices()
+    objective, image = AnoDDPMObjective(AnoDDPM(Stub())), slices(2)
     torch.manual_seed(3)
     objective(image)
     x_t, t = objective.detector.unet.calls[0]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from arrays import generators, golden_of, slices
+from arrays import generators, golden, slices
 from torch import nn
 
 from common.errors import ImageShapeError
@@ -16,8 +16,6 @@ from common.methods.ar_transformer import (
 )
 from common.networks.latent_space import LatentSpace
 from common.networks.vq_autoencoder import VQAutoencoder
-
-golden = golden_of("latent_ddpm")
 
 
 def tiny(num_embeddings=16, channels=1, latent_size=(4, 4), **settings):
@@ -55,7 +53,7 @@ class Toy(nn.Module):
 
 @pytest.fixture
 def toy():
-    g = golden("ar_heal")
+    g = golden("latent_ddpm/ar_heal")
     detector = tiny(4, latent_size=(3, 3), threshold=float(g["threshold"]), num_orderings=1)
     model = Toy(g["logits_by_position_and_prev_token"])
     detector.transformers = nn.ModuleList([model])
@@ -64,7 +62,7 @@ def toy():
 
 @pytest.mark.parametrize("size", [(3, 3), (3, 4)])
 def test_orderings(size):
-    g = golden("orderings")
+    g = golden("latent_ddpm/orderings")
     assert len(ORDERINGS) == 8
     for index, (transpose, rows, columns) in enumerate(ORDERINGS):
         key = f"{size[0]}x{size[1]}_T{transpose:d}_R{rows:d}{columns:d}"

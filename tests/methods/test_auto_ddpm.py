@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from arrays import generators, golden_of, slices
+from arrays import generators, golden, slices
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
@@ -25,7 +25,6 @@ from common.methods.auto_ddpm import (
 from common.networks.strided_autoencoder import StridedAutoencoderKL
 from common.weights import save_weights
 
-golden = golden_of("auto_ddpm")
 FAST = {"level": 20, "num_inference_steps": 2, "stitch_level": 4, "n_resample": 2}
 
 
@@ -87,7 +86,7 @@ def tiny(channels=1, **settings):
 
 
 def test_run_whose_mask_is_empty():
-    g = golden("full_run_thr013_rec4_inp3_res3")
+    g = golden("auto_ddpm/full_run_thr013_rec4_inp3_res3")
     settings = {"perceptual": ToyMap(), "threshold": float(g["threshold"]), "n_resample": 3}
     detector, noise = given(g["noises"], level=4, stitch_level=3, **settings)
     result = detector.stitch(g["x"], [])
@@ -104,7 +103,7 @@ def test_run_whose_mask_is_empty():
 @pytest.mark.parametrize("threshold", [0.02, -1.0])
 def test_whole_algorithm_as_a_plain_loop(threshold, jump):
     """The golden run masks nothing; this is its algorithm, written again with the schedule's formulas, with a mask."""
-    g = golden("full_run_thr013_rec4_inp3_res3")
+    g = golden("auto_ddpm/full_run_thr013_rec4_inp3_res3")
     L, T, R, x, noises = 4, 3, 3, g["x"].double(), iter(g["noises"].double())
     beta = torch.linspace(1e-4, 0.02, 1000).double()
     abar = torch.cumprod(1 - beta, 0)
@@ -156,7 +155,7 @@ def test_whole_algorithm_as_a_plain_loop(threshold, jump):
 
 @pytest.mark.parametrize("t", [50, 10, 1])
 def test_stitching_step_and_jump(t):
-    g = golden("stitch_step")
+    g = golden("auto_ddpm/stitch_step")
     arrays = [g["noise_start"], g["noise_context"], g["noise_reverse"], g["noise_jump"], g["noise_jump"]]
     detector, _ = given(arrays, Stub(lambda x, _: g["model_eps"]))
     x_t = detector.noised(g["x_rec"], t, [])
@@ -189,7 +188,7 @@ class Fixed(nn.Module):
     ("threshold", "binary", "counts"), [(0.13, "mask_thr_0.13", [31, 46, 3]), (-1.0, "mask_pct95", None)]
 )
 def test_from_residual_to_mask(threshold, binary, counts):
-    g = golden("mask_pipeline")
+    g = golden("auto_ddpm/mask_pipeline")
     detector = AutoDDPM(Stub(), perceptual=Fixed(g["lpips_map"]), threshold=threshold, dilation=1)
     combined = detector.combined_map(g["residual"], torch.zeros_like(g["residual"]))
     torch.testing.assert_close(combined, g["combined"], atol=1e-6, rtol=1e-5)
@@ -211,7 +210,7 @@ def test_residual_of_zero_is_not_a_number_without_the_guard():
 
 @pytest.mark.parametrize("share", [0.01, 0.02, 0.05])
 def test_threshold_that_few_healthy_pixels_exceed(share):
-    g = golden("threshold_search")
+    g = golden("auto_ddpm/threshold_search")
     exact = exceeded_by(g["maps"].flatten(), share)
     assert (g["maps"] > exact).double().mean() <= share < (g["maps"] >= exact).double().mean() + 1e-9
     # the reference searches the multiples of 0.001 (its own choice at 1 % is one of them too high)
@@ -221,7 +220,7 @@ def test_threshold_that_few_healthy_pixels_exceed(share):
 
 
 def test_lpips_from_features():
-    g = golden("lpips_head")
+    g = golden("auto_ddpm/lpips_head")
     pairs = [(g[f"feat_a{i}"], g[f"feat_b{i}"]) for i in range(3)]
     weights = [g[f"lin_w{i}"] for i in range(3)]
     result = feature_difference(pairs, torch.Size((16, 16)), weights)

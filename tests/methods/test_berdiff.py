@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from arrays import generators, golden_of, slices
+from arrays import generators, golden, slices
 from monai.data import MetaTensor, list_data_collate
 from monai.networks.nets import PatchDiscriminator
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
@@ -23,7 +23,6 @@ from common.networks.binary_autoencoder import BinaryLatentSpace, StridedBinaryA
 from common.networks.volume import VolumeDetector
 from common.schedulers.bernoulli import BernoulliScheduler
 
-golden = golden_of("berdiff")
 FINALS = ["sample", "threshold", "soft", "soft_unstitched"]
 
 
@@ -116,7 +115,7 @@ def test_walk_is_the_published_loop(is_reference, P):
 @pytest.mark.parametrize("t", [199, 57, 1, 0])
 def test_masked_step_of_the_reference(t):
     """One step from z_t: the first call only finds the mask that the reference begins with."""
-    g = golden("masked_step")
+    g = golden("berdiff/masked_step")
     scheduler = BernoulliScheduler(soft_z0="inserted")
     scheduler.add_noise = lambda z, u, start: g["z_t"]
     assert g["eps"][0, 0, 0, 0] == 0.5
@@ -134,7 +133,7 @@ def test_masked_step_of_the_reference(t):
 
 
 def test_last_step_of_the_reference_is_soft_and_leaves_the_mask():
-    g = golden("masked_step")
+    g = golden("berdiff/masked_step")
     scheduler = BernoulliScheduler()
     scheduler.add_noise = lambda z, u, start: g["z_t"]
     detector = tiny(Stub(lambda z_t, i: g["eps"]), scheduler=scheduler, final="soft_unstitched")
@@ -354,7 +353,7 @@ def test_network_starts_undecided_with_silent_attention():
 
 
 def test_time_is_embedded_as_in_the_reference():
-    g = golden("timestep_embedding")
+    g = golden("berdiff/timestep_embedding")
     torch.testing.assert_close(get_timestep_embedding(g["t"], int(g["dim"])), g["embedding"], atol=2e-4, rtol=0)
 
 
@@ -371,7 +370,7 @@ def test_time_is_embedded_as_in_the_reference():
     ],
 )
 def test_loss_of_the_reference(sample, z_t, loss, factor):
-    g = golden("loss")
+    g = golden("berdiff/loss")
     eps = g["eps_pred"].clamp(1e-7, 1 - 1e-7).double()  # the clamp of the reference, in float32
     logits = torch.log(eps) - torch.log1p(-eps)
     arguments = (value[sample : sample + 1] for value in (g["z0"], g[z_t], logits))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from arrays import golden_of, slices
+from arrays import golden, slices
 from torch import nn
 
 from common.errors import ImageShapeError
@@ -26,8 +26,8 @@ class Record(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def golden():
-    return golden_of("dae")("dae")
+def g():
+    return golden("dae/dae")
 
 
 def tiny(channels=1, **settings):
@@ -38,35 +38,35 @@ def tiny(channels=1, **settings):
     return detector
 
 
-def test_noise_is_upsampled_with_aligned_corners_and_rolled(golden):
-    size, shifts = golden["x"].shape[2:], golden["shifts"].tolist()
-    unrolled = coarse_noise(golden["coarse_noise"], size, [0, 0])
-    torch.testing.assert_close(unrolled, golden["upsampled_align_corners_True"])
-    assert not torch.allclose(unrolled, golden["upsampled_align_corners_False_WRONG"], atol=1e-2)
-    torch.testing.assert_close(coarse_noise(golden["coarse_noise"], size, shifts), golden["rolled"])
+def test_noise_is_upsampled_with_aligned_corners_and_rolled(g):
+    size, shifts = g["x"].shape[2:], g["shifts"].tolist()
+    unrolled = coarse_noise(g["coarse_noise"], size, [0, 0])
+    torch.testing.assert_close(unrolled, g["upsampled_align_corners_True"])
+    assert not torch.allclose(unrolled, g["upsampled_align_corners_False_WRONG"], atol=1e-2)
+    torch.testing.assert_close(coarse_noise(g["coarse_noise"], size, shifts), g["rolled"])
 
 
-def test_noisy_input(golden, monkeypatch):
+def test_noisy_input(g, monkeypatch):
     network = Record()
     objective = DAEObjective(DAE(network), noise_resolutions=[4], noise_std=1.0)
-    shifts = iter([torch.tensor(0), golden["shifts"]])
-    monkeypatch.setattr(torch, "randn", lambda *shape, **_: golden["coarse_noise"].view(shape))
+    shifts = iter([torch.tensor(0), g["shifts"]])
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: g["coarse_noise"].view(shape))
     monkeypatch.setattr(torch, "randint", lambda *_: next(shifts))
-    objective(golden["x"])
-    torch.testing.assert_close(network.seen, golden["noisy_input"])
+    objective(g["x"])
+    torch.testing.assert_close(network.seen, g["noisy_input"])
 
 
-def test_training_loss(golden):
+def test_training_loss(g):
     objective = DAEObjective(DAE(Record()))
-    loss = objective.reconstruction_loss(golden["reconstruction"], golden["x"], golden["foreground"])
-    torch.testing.assert_close(loss, golden["train_loss"])
+    loss = objective.reconstruction_loss(g["reconstruction"], g["x"], g["foreground"])
+    torch.testing.assert_close(loss, g["train_loss"])
 
 
 @pytest.mark.parametrize(("median_size", "key"), [(5, "score_median5"), (1, "error_before_median")])
-def test_anomaly_map(golden, median_size, key):
+def test_anomaly_map(g, median_size, key):
     detector = DAE(Record(), median_size=median_size)
-    result = detector.anomaly_map(golden["x"], golden["reconstruction"], golden["foreground"])
-    torch.testing.assert_close(result, golden[key])
+    result = detector.anomaly_map(g["x"], g["reconstruction"], g["foreground"])
+    torch.testing.assert_close(result, g[key])
     assert result.max() > 0
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from arrays import golden_of, slices
+from arrays import golden, slices
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
@@ -13,8 +13,6 @@ from torch import nn
 from common.errors import ImageShapeError, SettingError
 from common.methods.base import median, noise_like
 from common.methods.ddpm import DDPM, DDPMObjective, gaussian_noise, walk
-
-golden = golden_of("")
 
 
 def toy(x, t):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from arrays import generators, golden_of, slices
+from arrays import generators, golden, slices
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
@@ -19,7 +19,6 @@ from common.networks.latent_space import LatentSpace
 from common.networks.vq_autoencoder import VQAutoencoder
 from common.schedulers.gaussian import GaussianScheduler, evenly_spaced
 
-golden = golden_of("latent_ddpm")
 SCHEDULE = {"beta_start": 0.0015, "beta_end": 0.0195}
 VARIANTS = ["a", "b", "c", "d"]
 SHORT = {"num_train_timesteps": 20, "beta_start": 0.005, "beta_end": 0.3}
@@ -76,7 +75,7 @@ def paper_chain(unet=None, **settings):
 
 
 def test_kl_map_is_the_mean_over_timesteps_and_channels_with_one_noise(monkeypatch):
-    g = golden("kl")
+    g = golden("latent_ddpm/kl")
     monkeypatch.setattr("common.methods.latent_ddpm.noise_like", lambda z, _: g["noise"])
     timesteps = [1, 400, 500, 599]
     for max_batch in (1, 2, 5, 256):
@@ -110,7 +109,7 @@ def test_fresh_noise_is_another_for_each_t_and_slice_whatever_the_batch():
 
 
 def test_threshold_and_mask():
-    g = golden("threshold")
+    g = golden("latent_ddpm/threshold")
     threshold = location_percentile(g["v_validation"], 97.5)
     torch.testing.assert_close(threshold, g["threshold_percentile97p5_linear"])
     detector = LatentDDPM(latent_space(), Stub(), GaussianScheduler(), (5, 6))
@@ -120,7 +119,7 @@ def test_threshold_and_mask():
 
 @pytest.mark.parametrize("known", ["clean", "noised"])
 def test_step_of_the_healing(known):
-    g = golden("heal_step")
+    g = golden("latent_ddpm/heal_step")
     detector, t = paper_chain(), int(g["t_index"])
     noise = g["known_noise"] if known == "noised" else None
     z_in = detector.compose(g["z_t"], g["z0"], g["mask"], t, noise)
@@ -131,7 +130,7 @@ def test_step_of_the_healing(known):
 
 
 def test_masked_residual():
-    g = golden("residual_dice")
+    g = golden("latent_ddpm/residual_dice")
     mask = g["latent_mask"][:, None]
     upsampled = nn.functional.interpolate(mask, scale_factor=4, mode="nearest")
     torch.testing.assert_close(smoothed(upsampled, 1.0)[:, 0], g["smoothed_mask"], atol=3e-4, rtol=0)
@@ -140,7 +139,7 @@ def test_masked_residual():
 
 
 def test_timesteps_of_the_variants():
-    g = golden("timesteps")
+    g = golden("latent_ddpm/timesteps")
     for variant in "abc":
         detector = paper_chain(variant=variant)
         assert detector.kl_timesteps == g["full_L_400_600"].tolist()

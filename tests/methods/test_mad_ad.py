@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from arrays import generators, golden_of, slices
+from arrays import generators, golden, slices
 from torch import nn
 
 from common.errors import ImageShapeError, SettingError
@@ -16,7 +16,6 @@ from common.networks.masked_unet import MaskedDiffusionUNet
 from common.networks.strided_autoencoder import StridedAutoencoderKL
 from common.schedulers.masked_ddim import MaskedDDIMScheduler
 
-golden = golden_of("mad_ad")
 MAP_KINDS = ["image", "input", "latent", "mask"]
 
 
@@ -52,7 +51,7 @@ def tiny(unet=None, randomise=True, channels=1, **settings):
 
 
 def test_cells_are_updated_where_they_are_more_likely_noised_than_clean():
-    g = golden("ddim_step")
+    g = golden("mad_ad/ddim_step")
     clean = g["f_mask_prob_clean"]
     assert (clean == 0.5).sum() == 1
     detector = tiny(Stub(lambda z, t: (g["f_z0"], torch.log((1 - clean) / clean))), num_inference_steps=1)
@@ -68,7 +67,7 @@ def test_reverse_process_is_the_published_loop(steps):
     z = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     corrected, _ = tiny(stub, num_inference_steps=steps).correct(z, generators(3, 4))
 
-    schedule = golden("schedule")
+    schedule = golden("mad_ad/schedule")
     indices, products = schedule[f"ddim{steps}_timestep_map"], schedule[f"ddim{steps}_alphas_cumprod"]
     before = schedule[f"ddim{steps}_alphas_cumprod_prev"]
     noises, expected = generators(3, 4), z.double()
@@ -86,7 +85,7 @@ def test_reverse_process_is_the_published_loop(steps):
 
 
 def test_anomaly_map_of_the_reference():
-    g = golden("anomaly_map")
+    g = golden("mad_ad/anomaly_map")
     detector = MADAD(LatentSpace(nn.Identity(), 8), Stub(None), MaskedDDIMScheduler())
     corrected, reference = ((g[key] + 1) / 2 for key in ("x_corrected", "x_vae_recon"))
     result = detector.smoothed(image_difference(corrected, reference, detector.gamma))
@@ -190,7 +189,7 @@ def test_impossible_number_of_steps_is_refused():
     [("mse", "mask_mse", "loss_code"), ("bce", "PAPER_mask_bce", "PAPER_loss_lambda_0p001")],
 )
 def test_losses_of_the_reference(sample, mask_loss, mask_key, loss_key):
-    g = {key: value[sample : sample + 1] for key, value in golden("loss").items()}
+    g = {key: value[sample : sample + 1] for key, value in golden("mad_ad/loss").items()}
     noised = 1 - g["mask_code_1_is_clean"][:, :1]
     logit_noised = torch.log((1 - g["f_mask"]) / g["f_mask"])
     losses = MADADObjective(tiny(), mask_loss=mask_loss).losses(g["z0"], g["f_z0"], noised, logit_noised)
@@ -201,7 +200,7 @@ def test_losses_of_the_reference(sample, mask_loss, mask_key, loss_key):
 
 @pytest.mark.parametrize("sides", [(1, 1), (2, 4), (8, 1), (8, 8)])
 def test_random_mask_has_the_patches_and_counts_of_the_reference(sides, monkeypatch):
-    g, rand = golden("random_mask"), torch.rand
+    g, rand = golden("mad_ad/random_mask"), torch.rand
     objective = MADADObjective(tiny(), max_ratio=1.0)
     indices = [objective.patch_sizes.index(side) for side in sides]
     monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.tensor(indices))
@@ -245,7 +244,7 @@ def test_random_subset_is_uniform_and_drawn_for_each_row():
 
 
 def test_cells_that_may_be_noised_are_those_of_the_reference():
-    g = golden("brainmask")
+    g = golden("mad_ad/brainmask")
     detector = tiny()
     detector.latent_space.downsampling = 8
     allowed = MADADObjective(detector).allowed_cells(g["brainmask"][None, None].bool())

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from arrays import GOLDEN, golden_of, slices
+from arrays import GOLDEN, golden, slices
 from monai.networks.nets import DiffusionModelUNet
 from scipy import ndimage
 from torch import nn
@@ -14,7 +14,6 @@ from torch import nn
 from common.errors import ImageShapeError, SettingError
 from common.methods.pddpm import PDDPM, PDDPMObjective, eroded, inside_box, patch_grid
 
-golden = golden_of("pddpm")
 GRIDS = json.loads((GOLDEN / "pddpm/grids.json").read_text(encoding="utf-8"))
 PAPER_UNET = {
     "spatial_dims": 2,
@@ -55,7 +54,7 @@ def tiny(channels=1, **settings):
 
 
 def test_schedule():
-    g, alpha_bar = golden("cosine_schedule"), PDDPM(Stub()).alpha_bar
+    g, alpha_bar = golden("pddpm/cosine_schedule"), PDDPM(Stub()).alpha_bar
     torch.testing.assert_close(alpha_bar, g["alphas_cumprod_fp64"], rtol=1e-12, atol=0)
     assert alpha_bar[499].item() == pytest.approx(0.49384359, abs=1e-8)
 
@@ -72,7 +71,7 @@ def test_grid(name):
 
 
 def test_training_loss():
-    g = golden("train_loss")
+    g = golden("pddpm/train_loss")
     x0 = g["x01"] * 2 - 1
     mask = torch.stack([inside_box(tuple(box), x0) for box in g["boxes_xyxy"].tolist()])
     detector = PDDPM(Stub())
@@ -85,7 +84,7 @@ def test_training_loss():
 
 @pytest.mark.parametrize("patch_size", [4])
 def test_assembly_of_four_patches(patch_size):
-    g, stub = golden("test_assembly"), Stub()
+    g, stub = golden("pddpm/test_assembly"), Stub()
     result = (PDDPM(stub, patch_size).reconstruct(g["slices01"] * 2 - 1, g["noise"]) + 1) / 2
     torch.testing.assert_close(result, g["assembled"])
     torch.testing.assert_close((g["slices01"] - result).abs(), g["residual"])
@@ -98,8 +97,8 @@ def test_assembly_of_four_patches(patch_size):
 
 
 def test_assembly_of_overlapping_patches():
-    slices01, noise = (golden("test_assembly")[key] for key in ("slices01", "noise"))
-    g = golden("test_assembly_overlap5")
+    slices01, noise = (golden("pddpm/test_assembly")[key] for key in ("slices01", "noise"))
+    g = golden("pddpm/test_assembly_overlap5")
     result = (PDDPM(Stub(), 5, overlap=True).reconstruct(slices01 * 2 - 1, noise) + 1) / 2
     assert g["count"].max() == 4
     torch.testing.assert_close(result, g["assembled_avg_correct"])

@@ -1,8 +1,7 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from arrays import GOLDEN
 
 from common.metrics.masked_bernoulli import (
     auprc,
@@ -16,13 +15,12 @@ from common.metrics.masked_bernoulli import (
     squared_differences,
 )
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "berdiff"
 ROUNDING = 1e-7  # of the reference program, in float32
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return np.load(GOLDEN / "postprocess.npz")
+    return np.load(GOLDEN / "berdiff" / "postprocess.npz")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +54,7 @@ def test_auprc_and_psnr_match_the_reference_program(golden, pair):
     ("rule", "expected"), [("code", "reference_out_filled_area_gt_15"), ("paper", "paper_out_area_ge_10")]
 )
 def test_component_rules_match(rule, expected):
-    golden = np.load(GOLDEN / "components.npz")
+    golden = np.load(GOLDEN / "berdiff" / "components.npz")
     assert np.array_equal(remove_small(golden["mask_in"] > 0, rule), golden[expected] > 0)
 
 

@@ -1,8 +1,7 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from arrays import GOLDEN
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from common.metrics import (
@@ -14,8 +13,6 @@ from common.metrics import (
     mad_ad_max_dice,
 )
 from common.metrics.histograms import exact_histograms
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def test_mad_ad_protocols_match_the_reference_program():

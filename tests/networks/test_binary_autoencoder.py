@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from arrays import golden_of
+from arrays import golden
 from monai.networks.nets import AutoencoderKL
 from torch import nn
 
@@ -17,7 +17,6 @@ from common.networks.binary_autoencoder import (
     straight_through,
 )
 
-golden = golden_of("berdiff")
 DEAD = 153_092  # of the published 4,256,808: shortcuts and a head that are never used, for four channels
 
 
@@ -70,7 +69,7 @@ def test_compact_network_fits_the_slices(size):
 
 
 def test_bottleneck_of_the_reference():
-    g = golden("binarizer")
+    g = golden("berdiff/binarizer")
     network = paper(latent_channels=5, embedding_channels=6)
     network.encoder = nn.Identity()
     network.to_logits = nn.Conv2d(4, 5, 1)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from arrays import golden_of
+from arrays import golden
 
 from common.networks.masked_unet import MaskedDiffusionUNet
 
@@ -84,13 +84,13 @@ def test_timestep_matters_and_belongs_to_its_sample():
 
 
 def test_timesteps_enter_unscaled_with_the_cosines_first():
-    golden = golden_of("mad_ad")("timestep_embedding")
+    g = golden("mad_ad/timestep_embedding")
     network = MaskedDiffusionUNet(2, (256,), num_res_blocks=1, attention_levels=(False,), dropout=0.0).eval()
     seen = []
     network.trunk.time_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
-        network(torch.zeros(10, 2, 1, 1), golden["t"])
-    torch.testing.assert_close(seen[0], golden["embedding"], atol=2e-6, rtol=1e-5)
+        network(torch.zeros(10, 2, 1, 1), g["t"])
+    torch.testing.assert_close(seen[0], g["embedding"], atol=2e-6, rtol=1e-5)
 
 
 def test_mask_loss_alone_trains_the_trunk():

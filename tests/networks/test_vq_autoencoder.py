@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from arrays import golden_of
+from arrays import golden
 
 from common.errors import SettingError
 from common.networks.latent_space import LatentSpace
@@ -18,7 +18,7 @@ def tiny(num_embeddings=8, **settings):
 
 @pytest.fixture
 def g():
-    return golden_of("latent_ddpm")("vq")
+    return golden("latent_ddpm/vq")
 
 
 def quantiser_of(g, cluster_size=0.0, restart_below=0.1):

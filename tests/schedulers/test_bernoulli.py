@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from arrays import golden_of
+from arrays import golden
 
 from common.errors import SettingError
 from common.schedulers.bernoulli import BernoulliScheduler
-
-golden = golden_of("berdiff")
 
 
 def bits(*shape, seed=0):
@@ -27,14 +25,14 @@ def walk(scheduler):
 
 
 def test_schedule():
-    g, scheduler = golden("schedule"), BernoulliScheduler()
+    g, scheduler = golden("berdiff/schedule"), BernoulliScheduler()
     torch.testing.assert_close(1 - scheduler.alphas, g["betas_full"], rtol=1e-11, atol=0)
     torch.testing.assert_close(scheduler.alpha_bar, g["alphas_cumprod_full"], rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize(("forward_process", "key"), [("symmetric", "paper_eq2"), ("zero_absorbing", "reference_code")])
 def test_probability(forward_process, key):
-    g = golden("q_mean")
+    g = golden("berdiff/q_mean")
     z0 = g["z0"].expand(len(g["t_index"]), 2)
     probability = BernoulliScheduler(forward_process=forward_process).probability(z0, g["t_index"])
     assert probability.dtype == torch.float64
@@ -45,7 +43,7 @@ def test_probability(forward_process, key):
     ("forward_process", "key"), [("symmetric", "z_t_paper_xor"), ("zero_absorbing", "z_t_reference")]
 )
 def test_forward_process(forward_process, key):
-    g = golden("loss")
+    g = golden("berdiff/loss")
     z_t = BernoulliScheduler(forward_process=forward_process).add_noise(g["z0"], g["u"], g["t_index"])
     assert z_t.dtype == g["z0"].dtype
     assert torch.equal(z_t, g[key])
@@ -53,7 +51,7 @@ def test_forward_process(forward_process, key):
 
 def posterior_of_golden(**settings):
     """For each t of the golden grid: (2, 9), z_t by z0."""
-    g, scheduler = golden("posterior"), BernoulliScheduler(**settings)
+    g, scheduler = golden("berdiff/posterior"), BernoulliScheduler(**settings)
     z_t, z0 = torch.broadcast_tensors(g["z_t"].view(2, 1), g["z0_tilde"].view(1, 9))
     return torch.stack([scheduler.posterior(z_t, z0, t, t - 1) for t in g["t_index"].tolist()]), g
 
@@ -82,7 +80,7 @@ def test_posterior_is_not_that_of_the_supplement(soft_z0):
 
 @pytest.mark.parametrize("t", [199, 57, 1])
 def test_reverse_step(t):
-    g = golden("masked_step")
+    g = golden("berdiff/masked_step")
     scheduler = BernoulliScheduler(soft_z0="inserted")
     z0 = g[f"t{t}_z0_stitched"]
     torch.testing.assert_close(
@@ -92,7 +90,7 @@ def test_reverse_step(t):
 
 
 def test_last_step_draws_from_the_prediction():
-    g = golden("masked_step")
+    g = golden("berdiff/masked_step")
     last = BernoulliScheduler().step(g["z_t"], g["t0_paper_z0_stitched"], 0, -1, g["u"])
     assert torch.equal(last, g["t0_paper_sample_binarised_u_lt_p"])
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from arrays import golden_of
+from arrays import golden
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler
 
 from common.errors import SettingError
 from common.schedulers.gaussian import GaussianScheduler, evenly_spaced
 
-golden = golden_of("latent_ddpm")
 OTHER = {"beta_start": 0.0015, "beta_end": 0.0195}
 SCHEDULES = {
     "linear_1e-4_2e-2": GaussianScheduler(),
@@ -19,7 +18,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule(name):
-    g, scheduler = golden("schedules"), SCHEDULES[name]
+    g, scheduler = golden("latent_ddpm/schedules"), SCHEDULES[name]
     t = g["t_index"]
     torch.testing.assert_close(scheduler.beta[t], g[f"{name}_betas"], rtol=1e-6, atol=0)
     torch.testing.assert_close(scheduler.alpha_bar[t], g[f"{name}_alphas_cumprod"], rtol=1e-5, atol=0)
@@ -33,7 +32,7 @@ def test_schedule(name):
     ("variance", "key"), [("posterior", "fixed_small"), ("beta", "true_posterior_vs_beta_var")], ids=["small", "beta"]
 )
 def test_kl_in_closed_form_and_without_clipping(t, variance, key):
-    g = golden("kl")
+    g = golden("latent_ddpm/kl")
     kl = SCHEDULES["linear_0.0015_0.0195"].kl(g["noise"], g["eps_pred"], torch.full((2,), t), variance)
     torch.testing.assert_close(kl.double(), g[f"closed_form_{key}_t{t}_kl"], rtol=2e-5, atol=1e-8)
     if variance == "posterior":
@@ -53,7 +52,7 @@ def test_each_sample_has_its_own_timestep():
 
 
 def test_ddim_step():
-    g = golden("ddim_step")
+    g = golden("latent_ddpm/ddim_step")
     z_prev = SCHEDULES["linear_0.0015_0.0195"].step(g["z_t"], g["eps_pred"], int(g["t"]), int(g["t_prev"]))
     torch.testing.assert_close(z_prev, g["z_prev"], rtol=1e-5, atol=1e-5)
 
@@ -104,7 +103,7 @@ def test_schedule_keeps_its_precision():
 
 
 def test_grids():
-    g = golden("timesteps")
+    g = golden("latent_ddpm/timesteps")
     assert evenly_spaced(400, 600, 50) == g["Lprime_50_of_400_600"].tolist()
     assert evenly_spaced(400, 600, 200) == g["full_L_400_600"].tolist()
     assert evenly_spaced(0, 500, 500)[::-1] == g["ddpm_heal_from_500"].tolist()

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from arrays import golden_of
+from arrays import golden
 
 from common.errors import SettingError
 from common.schedulers.masked_ddim import MaskedDDIMScheduler
 
-golden = golden_of("mad_ad")
-
 
 def test_alpha_bar_is_the_published_cosine_schedule():
-    expected = golden("schedule")["ddim10_alphas_cumprod"]
+    expected = golden("mad_ad/schedule")["ddim10_alphas_cumprod"]
     torch.testing.assert_close(MaskedDDIMScheduler().alpha_bar, expected, rtol=1e-12, atol=0)
 
 
@@ -19,7 +17,7 @@ def test_alpha_bar_is_the_published_cosine_schedule():
     ("count", "expected"), [(10, [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]), (5, [8, 6, 4, 2, 0]), (2, [5, 0])]
 )
 def test_fewer_steps_are_those_of_the_reference(count, expected):
-    scheduler, reference = MaskedDDIMScheduler(), golden("schedule")
+    scheduler, reference = MaskedDDIMScheduler(), golden("mad_ad/schedule")
     steps = scheduler.timesteps(count)
     assert steps == expected == reference[f"ddim{count}_timestep_map"].flip(0).tolist()
     torch.testing.assert_close(scheduler.alpha_bar[steps].flip(0), reference[f"ddim{count}_alphas_cumprod"])
@@ -40,12 +38,12 @@ def test_impossible_number_of_steps_is_refused(count):
 def test_sigma(eta, key, power):
     scheduler = MaskedDDIMScheduler(eta=eta)
     sigma = torch.stack([scheduler.sigma(t, t - 1) for t in range(10)])
-    torch.testing.assert_close(sigma**power, golden("schedule")[key])
+    torch.testing.assert_close(sigma**power, golden("mad_ad/schedule")[key])
     assert sigma[0] == 0
 
 
 def test_forward_process_has_the_polarity_of_the_paper():
-    g, scheduler = golden("q_sample"), MaskedDDIMScheduler()
+    g, scheduler = golden("mad_ad/q_sample"), MaskedDDIMScheduler()
     mask = g["mask_paper_1_is_noised"][:, :1]
     assert torch.equal(mask, 1 - g["mask_code_1_is_clean"][:, :1])
     torch.testing.assert_close(scheduler.add_noise(g["z0"], g["noise"], mask, g["t_index"]), g["z_t"])
@@ -54,7 +52,7 @@ def test_forward_process_has_the_polarity_of_the_paper():
 
 @pytest.mark.parametrize("t", [9, 5, 1, 0])
 def test_reverse_step(t):
-    g, scheduler = golden("ddim_step"), MaskedDDIMScheduler()
+    g, scheduler = golden("mad_ad/ddim_step"), MaskedDDIMScheduler()
     assert scheduler.eta == g["eta"]
     mask = (g["f_mask_prob_clean"] < 0.5).float()
     undecided = (g["f_mask_prob_clean"] == 0.5).expand_as(g["z_t"])
@@ -67,7 +65,7 @@ def test_reverse_step(t):
 
 @pytest.mark.parametrize("t", [9, 5, 1])
 def test_reverse_step_is_not_the_printed_one(t):
-    g = golden("ddim_step")
+    g = golden("mad_ad/ddim_step")
     args = (torch.ones_like(g["f_mask_prob_clean"]), t, t - 1, g["noise"])
     result = MaskedDDIMScheduler().step(g["z_t"], g["f_z0"], *args)
     literal = [value for key, value in g.items() if key.startswith(f"t{t}_PAPER_LITERAL")]

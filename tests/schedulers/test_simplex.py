@@ -6,18 +6,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from arrays import golden_of
+from arrays import golden
 
 from common.schedulers.simplex import SimplexNoise, permutation, simplex
 
-golden = golden_of("ano_ddpm")
 TOLERANCE_3D = 2e-4  # of one octave; the reference leaves out some far vertices
 
 
 def fields():
     """Name, expected field, and the arguments that it was made with."""
     pattern = r"(fixedT|oct2d)_seed(\d+)(?:_T(\d+))?_(\d+)x(\d+)_o(\d)_p([\d.]+)_f(\d+)"
-    for name, expected in golden("simplex_fields").items():
+    for name, expected in golden("ano_ddpm/simplex_fields").items():
         if found := re.fullmatch(pattern, name):
             kind, seed, t, height, width, octaves, persistence, frequency = found.groups()
             mode = "3d" if kind == "fixedT" else "2d"
@@ -27,13 +26,13 @@ def fields():
 
 @pytest.mark.parametrize("seed", [3, 42, -7, 1, 123456789, -9999999999])
 def test_permutation_of_a_seed(seed):
-    expected = golden("simplex_perm")[f"perm_seed{seed}"]
+    expected = golden("ano_ddpm/simplex_perm")[f"perm_seed{seed}"]
     assert torch.equal(permutation(torch.tensor([0, seed]))[1], expected)
 
 
 @pytest.mark.parametrize("seed", [3, 42, -7])
 def test_values_at_points(seed):
-    g, perm = golden("simplex_points"), permutation(torch.tensor([seed]))
+    g, perm = golden("ano_ddpm/simplex_points"), permutation(torch.tensor([seed]))
     points = [column[None] for column in g["points_xyz"].T]
     exact = simplex(points[:2], perm, torch.float64)[0]
     torch.testing.assert_close(exact, g[f"noise2_seed{seed}"], atol=1e-12, rtol=0)
@@ -52,7 +51,7 @@ def test_fields(noise, size, t, seed, expected):
 
 def test_field_of_pddpm():
     field = SimplexNoise(mode="2d").field((8, 8), torch.tensor([499]), torch.tensor([42]))[0]
-    torch.testing.assert_close(field.double(), golden_of("pddpm")("noise2d_seed42_8x8")["noise"], atol=3e-6, rtol=0)
+    torch.testing.assert_close(field.double(), golden("pddpm/noise2d_seed42_8x8")["noise"], atol=3e-6, rtol=0)
     assert field[0, 0].abs() < 1e-6  # of every octave, which is why AnoDDPM has planes of 3D noise
 
 
