@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +22,23 @@ def volume_score(anomaly_map: Tensor, brain: Tensor) -> float:
 class Calibration(nn.Module):
     """Fitted on held-out healthy subjects only; buffers, so that it travels with the weights. NaN until fitted.
 
+    It owns the threshold: what a case is segmented with is this one or a given one, and `origin` says which.
+
     threshold: the map's value that `false_positive_share` of the healthy foreground voxels exceed.
     score_quantiles: quantiles 0, 1, ..., 100 % of the volume score (`volume_score`) of the healthy subjects.
     subjects: how many they were.
+    made_with: the settings that made their maps, JSON as (n,) uint8; empty until fitted, and in older weights.
+
+    Buffers named in `sized_by_file` take the size that they have in a weights file, and may be missing from it.
     """
+
+    sized_by_file: ClassVar[tuple[str, ...]] = ("made_with",)
 
     threshold: Tensor
     false_positive_share: Tensor
     score_quantiles: Tensor
     subjects: Tensor
+    made_with: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,14 +46,35 @@ class Calibration(nn.Module):
         self.register_buffer("false_positive_share", torch.tensor(torch.nan, dtype=torch.float64))
         self.register_buffer("score_quantiles", torch.full((N_QUANTILES,), torch.nan, dtype=torch.float64))
         self.register_buffer("subjects", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("made_with", torch.zeros(0, dtype=torch.uint8))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.sized_by_file:
+            own = getattr(self, name)
+            stored = state_dict.setdefault(prefix + name, own.new_zeros(0))
+            setattr(self, name, own.new_empty(stored.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def is_fitted(self) -> bool:
         """Whether `fit` was called, or fitted weights were loaded."""
         return bool(self.subjects > 0)
 
-    def fit(self, threshold: float, false_positive_share: float, scores: Tensor) -> None:
-        """scores: (n,) volume scores of the healthy subjects."""
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """Those that made the maps that it was fitted on, see `Fingerprint.of_map`; None where that is not recorded."""
+        return json.loads(bytes(self.made_with.tolist())) if len(self.made_with) else None
+
+    def fit(
+        self,
+        threshold: float,
+        false_positive_share: float,
+        scores: Tensor,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """scores: (n,) volume scores of the healthy subjects; settings: those that made their maps."""
+        made_with = b"" if settings is None else json.dumps(settings, sort_keys=True).encode()
+        self.made_with = self.made_with.new_tensor(list(made_with))
         self.threshold.fill_(threshold)
         self.false_positive_share.fill_(false_positive_share)
         levels = torch.linspace(0, 1, N_QUANTILES, dtype=torch.float64)
@@ -54,12 +85,20 @@ class Calibration(nn.Module):
         """Share of the healthy distribution below a volume score, in percent, 0 to 100."""
         return 100.0 * float((self.score_quantiles < score).sum()) / N_QUANTILES
 
+    def origin(self, threshold: float) -> dict[str, Any]:
+        """Where a threshold in use comes from: the healthy subjects, or `given` by the user."""
+        if not self.is_fitted or threshold != float(self.threshold):
+            return {"kind": "given"}
+        share, subjects = float(self.false_positive_share), int(self.subjects)
+        return {"kind": "calibrated", "false_positive_share": share, "subjects": subjects}
+
     def describe(self, anomaly_map: Tensor, brain: Tensor, threshold: float) -> dict[str, Any]:
         """The volume as a whole, (1, H, W, D): its score, the percentile of that among the healthy (None until fitted),
         and the share of the brain that is above the threshold."""
         score = volume_score(anomaly_map, brain)
         return {
             "threshold": threshold,
+            "threshold_origin": self.origin(threshold),
             "volume_score": score,
             "volume_score_percentile": self.percentile(score) if self.is_fitted else None,
             "abnormal_share": float((anomaly_map > threshold).sum()) / float(brain.sum()),

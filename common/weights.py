@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,40 @@ from .files import replacing
 
 
 def load_weights(path: str | Path | None) -> dict[str, Any]:
-    """Read a state dict onto the CPU, tensors only. Raises BundleError."""
+    """Read a state dict onto the CPU, tensors only; change none of them in place. Raises BundleError."""
+    return dict(_read(path)[0])
+
+
+def weights_sha256(path: str | Path | None) -> str:
+    """Hexadecimal digest of a weights file, of the bytes that `load_weights` gives the tensors of. Raises BundleError.
+
+    The two read a file once, however often and in whatever order they are called, until it is changed.
+    """
+    return _read(path)[1]
+
+
+def _read(path: str | Path | None) -> tuple[dict[str, Any], str]:
     if path is None or not Path(path).is_file():
         raise BundleError(path, "no weights", "train the bundle, or download its models/model.pt")
+    about = Path(path).stat()
+    return _read_once(Path(path).absolute(), (about.st_ino, about.st_size, about.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)
+def _read_once(path: Path, version: tuple[int, ...]) -> tuple[dict[str, Any], str]:
+    """version: tells the file from another one that took its place."""
     try:
-        with ZipFile(path) as archive:
+        content = path.read_bytes()
+        with ZipFile(io.BytesIO(content)) as archive:
             if damaged := archive.testzip():  # torch.load does not look at the checksums
                 raise BadZipFile(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways, with KeyError and OSError among them
         cause = type(error).__name__
         raise BundleError(path, f"not a weights file ({cause})", "download or train it again") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BundleError(path, "not a weights file (no state dict of tensors)", "give the bundle's models/model.pt")
-    return state
+    return state, hashlib.sha256(content).hexdigest()
 
 
 def load_into(module: nn.Module, path: str | Path) -> None:

@@ -23,17 +23,20 @@ from ..calibration import volume_score
 from ..engines import cases
 from ..errors import CohortError
 from ..files import replacing
+from ..fingerprint import Fingerprint, of_map
 from ..methods.base import foreground_of
 from ..metrics import DetectionMetrics, MeanHealthyImage, intensity_threshold
 from ..metrics.baselines import DIRECTIONS, Direction
 from ..metrics.histograms import bin_index, bin_lower_edge
 from ..metrics.paper_slices import PaperSlices
 from ..networks.volume import VolumeDetector
+from ..recorded import Recorded
 from ..report.case import versions
 from ..transforms.check import voxel_volume_ml
 from ..transforms.load import load_lesion
 from ..transforms.postprocess import intensity_unit
-from ..weights import load_weights, save_weights, sha256
+from ..weights import load_weights, save_weights
+from .inference import said
 from .run_time import RunTime
 
 BATCH_SIZE = 16  # slices at a time
@@ -45,6 +48,7 @@ class Calibrate:
     Args:
         network: whose `calibration` is fitted.
         weights: its file; only the calibration in it is replaced, and the threshold of the method's own.
+        preprocessing: its settings are stored with those of the network, to know a run of other settings by.
         false_positive_share: share of the healthy brain voxels that may exceed the threshold.
         slices: of the same subjects, for a method that has a threshold of its own, which `fit_threshold(batches)` sets
             before the first of them passes.
@@ -54,11 +58,13 @@ class Calibrate:
         self,
         network: VolumeDetector,
         weights: str,
+        preprocessing: Recorded,
         false_positive_share: float = 0.01,
         slices: Dataset | None = None,
     ) -> None:
         self.network = network
         self.weights = weights
+        self.preprocessing = preprocessing
         self.false_positive_share = false_positive_share
         self.slices = slices
         self.histogram = np.zeros(int(bin_index(np.array([np.finfo(np.float32).max]))[0]) + 1, dtype=np.int64)
@@ -91,7 +97,8 @@ class Calibrate:
         """Fit, and replace the calibration in the weights file."""
         calibration = self.network.calibration
         threshold = exceeded_by(self.histogram, self.false_positive_share)
-        calibration.fit(threshold, self.false_positive_share, torch.tensor(self.scores))
+        settings = of_map(self.network, self.preprocessing)
+        calibration.fit(threshold, self.false_positive_share, torch.tensor(self.scores), settings)
         state = load_weights(self.weights)
         state.update({f"calibration.{name}": value for name, value in calibration.state_dict().items()})
         if self.slices is not None:
@@ -169,9 +176,10 @@ class Evaluate:
     """Metrics of a method, and of the baselines that cost nothing, on a labelled cohort, written as result.json.
 
     Args:
-        network: for the threshold and the seed.
+        network: for the calibration and its settings.
         weights: its file, for the digest.
         bundle: its key.
+        preprocessing: for its settings.
         result: path of the JSON.
         mean_image: fitted on healthy training subjects, or None.
         baselines: whether to measure them.
@@ -182,6 +190,7 @@ class Evaluate:
         network: VolumeDetector,
         weights: str,
         bundle: str,
+        preprocessing: Recorded,
         result: str,
         mean_image: MeanHealthyImage | None = None,
         baselines: bool = True,
@@ -189,7 +198,9 @@ class Evaluate:
         self.network = network
         self.weights = weights
         self.bundle = bundle
+        self.preprocessing = preprocessing
         self.result = Path(result)
+        self.threshold = float("nan")
         self.metrics = DetectionMetrics()
         self.protocols = PaperSlices()
         self.baselines = None
@@ -208,13 +219,14 @@ class Evaluate:
         """Add the subjects of the batch."""
         for batch, output in cases(engine):
             case = labelled_case(batch)
+            self.threshold = output["threshold"]
             anomaly_map, reconstruction = _ras(output["anomaly_map"])[0], _ras(output["reconstruction"]) / case.unit
             self.metrics.update(
                 case.subject,
                 anomaly_map,
                 case.lesion,
                 case.brain[0],
-                threshold=self.network.calibration.threshold.item(),
+                threshold=self.threshold,
                 image=case.image,
                 reconstruction=reconstruction,
                 segmentation=_ras(output["segmentation"])[0],
@@ -233,16 +245,19 @@ class Evaluate:
 
     def finish(self, engine: Engine) -> None:
         """Compute, and write the result."""
-        seed = self.network.seed
+        seed, calibration = self.network.seed, self.network.calibration
+        fingerprint = Fingerprint.of(self.network, self.preprocessing, self.weights)
         result = {
             "bundle": self.bundle,
             **self.metrics.compute(seed),
             "protocols": self.protocols.compute(),
             **({} if self.baselines is None else {"baselines": self.baselines.compute(seed)}),
-            "threshold": self.network.calibration.threshold.item(),
+            "threshold": self.threshold,
+            "threshold_origin": calibration.origin(self.threshold),
             "run_time": self.run_time.result(),
-            "weights_sha256": sha256(self.weights),
-            "seed": seed,
+            **fingerprint.record(),
+            "fingerprint": fingerprint.digest,
+            "warnings": said(fingerprint.calibration_warning(calibration.settings)),
             "versions": versions(),
         }
         write_result(result, self.result)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +18,12 @@ from ..data.bids import write_description
 from ..data.dicom import Series, choose_series
 from ..engines import cases
 from ..errors import DicomError, OutputError
+from ..fingerprint import Fingerprint, differences
 from ..networks.volume import VolumeDetector
+from ..recorded import Recorded
 from ..report.case import Case, record_path, write_case
 from ..transforms.check import source_name
-from ..transforms.pipeline import BrainPreprocessing
-from ..weights import digest, load_into, sha256
+from ..weights import digest, load_into
 
 INPUTS = ("image", "brain")
 
@@ -56,9 +59,10 @@ class SaveDetections:
     Args:
         output_dir: made if it is not there.
         network: for the calibration and the seed.
-        weights: its file, for the digest in run.json.
+        weights: its file, for its digest.
         bundle: its key.
-        preprocessing: for its settings, which the results depend on.
+        preprocessing: for its settings.
+        segmentation: `threshold` and `min_volume_ml` of the segmentation, for the record.
         dicom: for cases from DICOM write the segmentation and the map as DICOM objects too.
     """
 
@@ -68,7 +72,8 @@ class SaveDetections:
         network: VolumeDetector,
         weights: str,
         bundle: str,
-        preprocessing: BrainPreprocessing,
+        preprocessing: Recorded,
+        segmentation: Mapping[str, Any],
         dicom: bool = False,
     ) -> None:
         self.output_dir = Path(output_dir)
@@ -76,29 +81,34 @@ class SaveDetections:
         self.weights = weights
         self.bundle = bundle
         self.dicom = dicom
-        self.settings = preprocessing.settings
+        self.preprocessing = preprocessing
+        self.segmentation = {name: segmentation[name] for name in ("threshold", "min_volume_ml")}
         self._started = 0.0
-        self._weights_sha256 = ""
 
     def attach(self, engine: Engine) -> None:
         """Add the handler to an evaluator."""
+        engine.add_event_handler(Events.STARTED, lambda _: self.warnings)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def _start(self, engine: Engine) -> None:
         self._started = time.perf_counter()
 
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Of all cases. Raises BundleError where the weights cannot be read."""
+        return Fingerprint.of(self.network, self.preprocessing, self.weights)
+
+    @functools.cached_property
+    def warnings(self) -> list[str]:
+        """What holds for all cases; it is said on stderr too, once. Ask for it when the weights are loaded."""
+        return said(self.fingerprint.calibration_warning(self.network.calibration.settings))
+
     def _identity(self, inputs: Mapping[str, str], series: object) -> dict[str, Any]:
         """What tells one result from another, by the digests of its inputs."""
-        if not self._weights_sha256:
-            self._weights_sha256 = sha256(self.weights)  # once: the file is the same for all cases
-        return {
-            "bundle": self.bundle,
-            "weights_sha256": self._weights_sha256,
-            "input_sha256": inputs,
-            "seed": self.network.seed,
-            "settings": self.settings | ({"series": series} if series else {}),
-        }
+        found = self.fingerprint.record()
+        found["settings"] = found["settings"] | ({"series": series} if series else {})
+        return {"bundle": self.bundle, "input_sha256": inputs, **found, **self.segmentation}
 
     def is_finished(self, item: Mapping[str, Any]) -> bool:
         """Whether the case of an item of a datalist has been written. Raises OutputError where it is another case."""
@@ -111,8 +121,9 @@ class SaveDetections:
             return False
         inputs = {key: digest(item[key]) for key in INPUTS if key in item}
         identity = self._identity(inputs, item.get("series"))
-        if others := [key for key, value in identity.items() if record.get(key) != value]:
-            fact = f"holds a result with another {', '.join(others)}"
+        before = {key: record[key] for key in identity if key in record}
+        if others := differences(before, identity, "not recorded"):
+            fact = f"holds another result ({'; '.join(others)})"
             raise OutputError(path.parent, fact, "choose another output folder, or --overwrite")
         return True
 
@@ -138,6 +149,8 @@ class SaveDetections:
             inputs = {key: batch[f"{key}_sha256"] for key in INPUTS if f"{key}_sha256" in batch}
             run = {
                 **self._identity(inputs, batch.get("series")),
+                "fingerprint": self.fingerprint.digest,
+                "warnings": self.warnings,
                 "image": str(Path(source_name(batch["input"])).absolute()),  # for the report, which shows the scan
                 "brain_mask": batch["brain_source"],
                 "device": str(engine.state.device),  # type: ignore[attr-defined]
@@ -151,6 +164,14 @@ class SaveDetections:
             except OSError as error:
                 fact = f"cannot be written ({error.strerror or error})"
                 raise OutputError(folder, fact, "choose another output folder, or make room in it") from error
+
+
+def said(warning: str | None) -> list[str]:
+    """The warning as a list, after it was written to stderr; empty for None."""
+    if warning is None:
+        return []
+    print(f"Warning: {warning}", file=sys.stderr, flush=True)
+    return [warning]
 
 
 def source_series(image: MetaTensor) -> Series:

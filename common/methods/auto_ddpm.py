@@ -22,6 +22,7 @@ from monai.networks.schedulers import DDPMScheduler
 from torch import Generator, Tensor, nn
 
 from ..errors import BundleError, SettingError
+from ..recorded import Recorded
 from ..weights import load_weights
 from .base import median, with_generators
 from .ddpm import DDPM, DDPMObjective, walk
@@ -175,7 +176,7 @@ class AutoDDPMObjective(DDPMObjective):
     """The loss of `DDPM` at all indices: one network serves both, and weights may be exchanged."""
 
 
-class SSIMMap(nn.Module):
+class SSIMMap(Recorded, nn.Module):
     """(1 - SSIM) / 2 in [0, 1], Gaussian window, mean over channels (Wang et al. 2004). Needs no weights."""
 
     def __init__(self, window: int = 11, sigma: float = 1.5) -> None:
@@ -192,7 +193,7 @@ class SSIMMap(nn.Module):
         return ((1 - ssim) / 2).clamp(0, 1).mean(dim=1, keepdim=True)
 
 
-class FeatureMap(nn.Module):
+class FeatureMap(Recorded, nn.Module):
     """Difference of a frozen network's features, as in LPIPS, all channels of equal weight, mean over the layers.
 
     Args:
@@ -237,7 +238,7 @@ class FeatureMap(nn.Module):
         return [found[name] for name in self.layers]
 
 
-class LPIPSMap(nn.Module):
+class LPIPSMap(Recorded, nn.Module):
     """The published map: LPIPS v0.1, SqueezeNet, spatial, learned heads (Zhang et al. 2018); package `lpips`.
 
     Args:
@@ -245,6 +246,8 @@ class LPIPSMap(nn.Module):
         net: "squeeze" as published, "alex" or "vgg"; each needs its own threshold.
         double_scaling: the images enter as [-3, 1], as in the last version of the published code.
     """
+
+    unrecorded = frozenset({"backbone"})
 
     def __init__(self, backbone: str, net: str = "squeeze", double_scaling: bool = False) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ from monai.networks.layers import MedianFilter, gaussian_1d, separable_filtering
 from torch import Tensor, nn
 
 from ..errors import ImageIntensityError, ImageShapeError
+from ..recorded import Recorded
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Detection:
     score: Tensor
 
 
-class AnomalyDetector(nn.Module):
+class AnomalyDetector(Recorded, nn.Module):
     """One published method: its networks, its schedule and its post-processing in one module.
 
     A subclass implements `_detect`. `size_divisor` is the multiple that H and W must have.

@@ -79,6 +79,8 @@ class BerDiff(AnomalyDetector):
     Raises SettingError where a number is out of its range.
     """
 
+    unrecorded = frozenset({"batch_size"})
+
     def __init__(
         self,
         latent_space: LatentSpace,

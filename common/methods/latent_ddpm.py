@@ -66,6 +66,7 @@ class LatentDDPM(AnomalyDetector):
     """
 
     threshold: Tensor
+    unrecorded = frozenset({"max_batch"})
 
     def __init__(
         self,

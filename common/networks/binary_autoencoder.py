@@ -14,6 +14,7 @@ from monai.networks.layers import Conv
 from monai.networks.nets.autoencoderkl import Decoder, Encoder
 from torch import Tensor, nn
 
+from ..recorded import Recorded
 from .latent_space import LatentSpace
 from .strided_autoencoder import strided_networks
 
@@ -24,7 +25,7 @@ def straight_through(p: Tensor, u: Tensor) -> Tensor:
     return z + (p - p.detach())
 
 
-class BernoulliAutoencoder(nn.Module):
+class BernoulliAutoencoder(Recorded, nn.Module):
     """The bottleneck; a subclass gives `logits` and `decode`. The interface is that of MONAI's `AutoencoderKL`."""
 
     @abstractmethod

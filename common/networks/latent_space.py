@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..recorded import Recorded
 
-class LatentSpace(nn.Module):
+
+class LatentSpace(Recorded, nn.Module):
     """A frozen autoencoder and the scale of its latents. Images are in [0, 1] outside and in [-1, 1] inside.
 
     Args:

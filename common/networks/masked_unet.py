@@ -10,6 +10,8 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import DiffusionUNetResnetBlock, zero_module
 from torch import Tensor, nn
 
+from ..recorded import Recorded
+
 
 class _TwoHeads(nn.Module):
     """Both heads read the same feature map; the mask head has no activation before its convolution (as published)."""
@@ -25,7 +27,7 @@ class _TwoHeads(nn.Module):
         return torch.cat([self.z0(features), self.mask(features)], dim=1)
 
 
-class MaskedDiffusionUNet(nn.Module):
+class MaskedDiffusionUNet(Recorded, nn.Module):
     """Predicts the clean latent z0 and, per cell, the logit of having been noised (MAD-AD, section 3.2).
 
     The trunk is `DiffusionModelUNet`; what MONAI lacks is added to it: dropout before the second convolution of

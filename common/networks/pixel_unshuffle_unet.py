@@ -9,8 +9,10 @@ from monai.networks.blocks.selfattention import SABlock
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor
 
+from ..recorded import Recorded
 
-class PixelUnshuffleUNet(DiffusionModelUNet):
+
+class PixelUnshuffleUNet(Recorded, DiffusionModelUNet):
     """The image as (H / f, W / f) cells of f x f pixels that the U-Net takes and gives as channels.
 
     Patches of 2 to 4 pixels cost little quality in pixel-space diffusion (Hoogeboom et al., Simple Diffusion, 2023,

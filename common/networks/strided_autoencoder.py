@@ -9,6 +9,8 @@ import torch
 from monai.networks.nets.vqvae import Decoder, Encoder
 from torch import Tensor, nn
 
+from ..recorded import Recorded
+
 
 def strided_networks(
     spatial_dims: int,
@@ -46,7 +48,7 @@ def strided_networks(
     return encoder, decoder
 
 
-class StridedAutoencoderKL(nn.Module):
+class StridedAutoencoderKL(Recorded, nn.Module):
     """VQ-VAE encoder and decoder (van den Oord et al. 2017, as in MONAI) around a Gaussian bottleneck.
 
     Has the interface of `monai.networks.nets.AutoencoderKL` (`encode`, `decode`, `forward`), so that the two can be

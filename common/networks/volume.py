@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..calibration import Calibration
 from ..errors import BundleError, SettingError
 from ..methods.base import AnomalyDetector, foreground_of
+from ..recorded import Recorded
 
 
-class VolumeDetector(nn.Module):
+class VolumeDetector(Recorded, nn.Module):
     """Takes the slices of a volume that hold foreground through `detector.detect` and lays them back.
 
     Its `state_dict` is the whole product: networks, schedule, calibration, and the preparation of the images that the
@@ -35,6 +36,7 @@ class VolumeDetector(nn.Module):
     """
 
     preparation: Tensor
+    unrecorded = frozenset({"batch_size", "seed"})
 
     def __init__(
         self,

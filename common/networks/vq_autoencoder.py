@@ -11,9 +11,10 @@ from monai.networks.nets import VQVAE
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..recorded import Recorded
 
 
-class VQAutoencoder(nn.Module):
+class VQAutoencoder(Recorded, nn.Module):
     """VQ-VAE (van den Oord et al., NeurIPS 2017); each entry of `channels` halves the resolution, first of all.
 
     `encode` and `decode` are those of `AutoencoderKL`, with no variance, so that it can be the autoencoder of a

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..recorded import Recorded
+
 
 class WeightStandardisedConv2d(nn.Conv2d):
     """Convolution whose filters are brought to mean 0 and standard deviation 1 (Qiao et al. 2019)."""
@@ -30,7 +32,7 @@ def _block(in_channels: int, out_channels: int, groups: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class WeightStandardisedUNet(nn.Module):
+class WeightStandardisedUNet(Recorded, nn.Module):
     """U-Net of Kascenas et al. (MIDL 2022): average pooling down, transposed convolutions up, concatenated skips.
 
     With the published width, 7,703,748 parameters for 4 channels and 7,701,825 for 1.

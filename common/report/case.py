@@ -111,7 +111,8 @@ def write_files(folder: Path, case: Case, threshold: float, calibration: Calibra
     if case.series is not None:
         save_dicom(case, case.series, folder, str(run["bundle"]), versions()["uad-bundles"], run["weights_sha256"])
     save_preview(case, threshold, folder / "preview.png")
-    record = {**run, **describe(case, threshold, calibration, lesions)}
+    found = describe(case, threshold, calibration, lesions)
+    record = {**run, **found, "warnings": [*run.get("warnings", []), *found["warnings"]]}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..recorded import Recorded
 
 
-class BernoulliScheduler(nn.Module):
+class BernoulliScheduler(Recorded, nn.Module):
     """Forward process (eq. 1, 2) and posterior of masked Bernoulli diffusion (arXiv 2403.11667).
 
     Index t = 0 .. T - 1 stands for the paper's t + 1, and -1 for the clean end, where alpha_bar is 1. All randomness

@@ -9,6 +9,7 @@ from monai.networks.schedulers.scheduler import NoiseSchedules
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..recorded import Recorded
 
 
 def evenly_spaced(start: int, stop: int, count: int) -> list[int]:
@@ -22,7 +23,7 @@ def evenly_spaced(start: int, stop: int, count: int) -> list[int]:
     return [start + i * (stop - start) // count for i in range(count)]
 
 
-class GaussianScheduler(nn.Module):
+class GaussianScheduler(Recorded, nn.Module):
     """Forward process and KL terms of Ho et al. (NeurIPS 2020), reverse step of Song et al. (DDIM, ICLR 2021).
 
     MONAI's schedulers are not used for four reasons: by default they clip the predicted z0 to [-1, 1], where latents

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..recorded import Recorded
 
 
 def cosine_alpha_bar(num_train_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> Tensor:
@@ -19,7 +20,7 @@ def cosine_alpha_bar(num_train_timesteps: int, s: float = 0.008, max_beta: float
     return torch.cumprod(1 - beta, dim=0)
 
 
-class MaskedDDIMScheduler(nn.Module):
+class MaskedDDIMScheduler(Recorded, nn.Module):
     """Masked forward process (eq. 2 to 4) and masked DDIM step (eq. 6, 7) of MAD-AD (arXiv 2502.16943).
 
     Polarity as in the paper: mask = 1 where a cell is noised, and so where the reverse step may change it.

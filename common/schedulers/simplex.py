@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from ..recorded import Recorded
+
 NORM = {2: 47.0, 3: 103.0}
 LCG_FACTOR, LCG_STEP = np.uint64(6364136223846793005), np.uint64(1442695040888963407)
 GRADIENTS_2D = ((5, 2), (2, 5), (-5, 2), (-2, 5), (5, -2), (2, -5), (-5, -2), (-2, -5))
@@ -20,7 +22,7 @@ GRADIENTS_3D = tuple(
 )
 
 
-class SimplexNoise:
+class SimplexNoise(Recorded):
     """N(y, x; t) = sum over k < octaves of persistence^k * simplex(x / f_k, y / f_k, t / f_k), f_k = frequency / 2^k.
 
     One independent field per sample and channel (the reference has one for a whole batch). It is neither of zero mean

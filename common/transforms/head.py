@@ -14,13 +14,14 @@ from monai.transforms import Compose, CopyItemsd, DeleteItemsd, EnsureTyped, Map
 from scipy import ndimage
 
 from ..errors import ImageIntensityError
+from ..recorded import Recorded
 from .brain import given_mask
 from .check import CheckVolumed, source_name
 from .intensity import FOREGROUND_FLOOR, ScaleIntensityByForegroundd
 from .load import LoadImageCheckedd
 
 
-class HeadPreprocessing(Compose):
+class HeadPreprocessing(Recorded, Compose):
     """Load, check, find the head, RAS, resize the axial slices, scale.
 
     As `BrainPreprocessing`, for slices of whole heads whose spacing nobody knows, which fill the slices alike. In:
@@ -33,12 +34,9 @@ class HeadPreprocessing(Compose):
         channels: modalities.
         mask: adds the mask `brain` of `image`.
         scale: brings `image` to [0, 1], with its mask as `foreground`.
-        settings: the arguments of the class that calls, for the record.
     """
 
-    def __init__(self, size: int, channels: int, mask: MapTransform, scale: MapTransform, **settings: float) -> None:
-        # `register`: whether the network works in MNI152, which the contract of all preprocessings asks
-        self.settings = {"size": size, "channels": channels, **settings, "register": False}
+    def __init__(self, size: int, channels: int, mask: MapTransform, scale: MapTransform) -> None:
         both = ("image", "foreground")
         super().__init__(
             [
@@ -56,6 +54,11 @@ class HeadPreprocessing(Compose):
             ]
         )
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments; and `register`, whether the network works in MNI152, which every preprocessing says."""
+        return super().settings | {"register": False}
+
 
 class HeadCTPreprocessing(HeadPreprocessing):
     """Windowed head CT as MedNIST has it: grey values in [0, 255], air at 25.
@@ -67,7 +70,7 @@ class HeadCTPreprocessing(HeadPreprocessing):
 
     def __init__(self, size: int = 64, air: float = 45.0) -> None:
         scale = ScaleGreyValuesd("image", "foreground")
-        super().__init__(size, 1, HeadCTMaskd("image", "brain", air), scale, air=air)
+        super().__init__(size, 1, HeadCTMaskd("image", "brain", air), scale)
 
 
 class HeadMRPreprocessing(HeadPreprocessing):
@@ -82,7 +85,7 @@ class HeadMRPreprocessing(HeadPreprocessing):
     def __init__(self, size: int, percentile: float, upper: float, channels: int = 1) -> None:
         scale = ScaleIntensityByForegroundd("image", "foreground", percentile, upper)
         mask = HeadMRMaskd("image", "brain")
-        super().__init__(size, channels, mask, scale, percentile=percentile, upper=upper)
+        super().__init__(size, channels, mask, scale)
 
 
 class HeadMaskd(MapTransform):

@@ -12,6 +12,7 @@ from monai.transforms import (
     SpatialPadd,
 )
 
+from ..recorded import Recorded
 from .brain import BrainMaskd
 from .check import CheckVolumed
 from .intensity import CorrectBiasFieldd, ScaleIntensityByForegroundd
@@ -20,7 +21,7 @@ from .registration import RegisterToMNId
 from .resample import ResampleForegroundd
 
 
-class BrainPreprocessing(Compose):
+class BrainPreprocessing(Recorded, Compose):
     """Load, check, find the brain, RAS, spacing (or MNI152), crop to the brain, scale, pad.
 
     In: `image`, a file or an image in memory, and `brain`, its mask, if there is one. Out: `image` (C, H, W, D)
@@ -49,16 +50,6 @@ class BrainPreprocessing(Compose):
         strip: str | None = None,
         bias_correction: bool = False,
     ) -> None:
-        self.settings = {
-            "spacing_mm": spacing_mm,
-            "percentile": percentile,
-            "upper": upper,
-            "canvas": canvas,
-            "channels": channels,
-            "register": register,
-            "strip": strip,
-            "bias_correction": bias_correction,
-        }
         image, both = "image", ("image", "foreground")
         native = ResampleForegroundd(image, "foreground", (spacing_mm,) * 3)
         super().__init__(

@@ -154,9 +154,10 @@ def read_calibration(weights: str | Path | None) -> Calibration:
     """The calibration in a bundle's weights, fitted or not. Raises BundleError."""
     state, prefix = load_weights(weights), "calibration."
     calibration = Calibration()
-    if missing := [name for name in calibration.state_dict() if prefix + name not in state]:
-        raise BundleError(weights, f"no calibration.{missing[0]} in the weights", "give weights of this bundle")
-    calibration.load_state_dict({name: state[prefix + name] for name in calibration.state_dict()})
+    stored = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if missing := calibration.state_dict().keys() - stored.keys() - {*calibration.sized_by_file}:
+        raise BundleError(weights, f"no calibration.{min(missing)} in the weights", "give weights of this bundle")
+    calibration.load_state_dict(stored)
     return calibration
 
 
