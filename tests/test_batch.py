@@ -113,7 +113,7 @@ def test_parts_and_overwrite(thin_brains, tmp_path):
     other = uad("detect", few[1], "-m", "dae", "-o", out, "--seed", "5")  # another result is not given for this one
     message = other.communicate()[1]
     assert other.returncode == 3
-    assert "OutputError" in message and "another seed" in message and "--overwrite" in message
+    assert "OutputError" in message and "seed: 0 before, 5 now" in message and "--overwrite" in message
     assert records(out)["01"] == before["01"]
 
 

@@ -29,6 +29,36 @@ def test_fit_keeps_what_it_was_given():
     assert calibration.score_quantiles[[0, 25, 50, 100]].tolist() == [1.0, 1.5, 2.0, 3.0]
 
 
+def test_weights_from_before_a_buffer_are_loaded_strictly():
+    state = fitted([1.0, 2.0]).state_dict()
+    for name in Calibration.sized_by_file:
+        del state[name]
+    calibration = Calibration()
+    calibration.load_state_dict(state)
+    assert calibration.is_fitted
+    assert calibration.settings is None
+    del state["threshold"]
+    with pytest.raises(RuntimeError, match="threshold"):
+        Calibration().load_state_dict(state)
+
+
+def test_settings_travel_with_the_weights():
+    settings = {"network": {"class": "A", "level": 250, "names": ["é", None, True]}, "preprocessing": {}}
+    calibration, loaded = Calibration(), Calibration()
+    calibration.fit(0.25, 0.01, torch.rand(3), settings)
+    loaded.fit(0.5, 0.01, torch.rand(3), {"other": 1})  # of another length
+    loaded.load_state_dict(calibration.state_dict())
+    assert loaded.settings == settings
+    assert loaded.made_with.dtype == torch.uint8
+
+
+def test_origin_of_a_threshold():
+    calibration = fitted([1.0, 2.0])
+    assert calibration.origin(0.25) == {"kind": "calibrated", "false_positive_share": 0.01, "subjects": 2}
+    assert calibration.origin(0.3) == {"kind": "given"}
+    assert Calibration().origin(0.3) == {"kind": "given"}
+
+
 @pytest.mark.parametrize(
     ("score", "expected"), [(-1.0, 0), (0.0, 0), (24.5, 24.75), (50.5, 50.5), (100.5, 100), (1e9, 100)]
 )

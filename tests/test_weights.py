@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.errors import BundleError
-from common.weights import load_weights, save_weights, sha256
+from common.weights import load_weights, save_weights, sha256, weights_sha256
 
 
 def state_dict():
@@ -123,6 +123,17 @@ def test_other_content_is_refused(tmp_path, value):
     torch.save(value, tmp_path / "model.pt")
     with pytest.raises(BundleError, match="no state dict of tensors"):
         load_weights(tmp_path / "model.pt")
+
+
+def test_digest_is_of_the_weights_that_are_read(weights, tmp_path):
+    assert weights_sha256(weights) == sha256(weights)
+    load_weights(weights).clear()  # the caller's own
+    assert load_weights(weights).keys() == state_dict().keys()
+    save_weights({"other": torch.ones(3)}, weights)  # another file in its place is read anew
+    assert load_weights(weights).keys() == {"other"}
+    assert weights_sha256(weights) == sha256(weights)
+    with pytest.raises(BundleError, match="no weights"):
+        weights_sha256(tmp_path / "none.pt")
 
 
 def test_sha256(tmp_path):

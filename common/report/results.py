@@ -21,7 +21,8 @@ AGAIN = "run uad detect on this case again"
 LESION_COLUMNS = ("volume_ml", "x_mm", "y_mm", "z_mm", "mean_map", "max_map")
 NUMBERS = ("threshold", "volume_score", "lesions", "lesion_volume_ml", "abnormal_share")
 TEXTS = ("bundle", "weights_sha256")
-OTHERS = {"input_sha256": {}, "settings": {}, "brain_mask": "-", "seed": "-", "device": "-", "seconds": "-"}
+OBJECTS: dict[str, Any] = {"input_sha256": {}, "settings": {}, "threshold_origin": {}}
+OTHERS = OBJECTS | {"brain_mask": "-", "seed": "-", "device": "-", "seconds": "-"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def read_run(files: CaseFiles) -> dict[str, Any]:
     number = (int, float)
     wrong = [key for key in NUMBERS if not isinstance(run.get(key), number) or not math.isfinite(run[key])]
     wrong += [key for key in TEXTS if not isinstance(run.get(key), str)]
-    wrong += [key for key in ("versions", "input_sha256", "settings") if not isinstance(run.get(key), dict)]
+    wrong += [key for key in ("versions", *OBJECTS) if not isinstance(run.get(key), dict)]
     wrong += [] if isinstance(run.get("warnings"), list) else ["warnings"]
     percentile = run.get("volume_score_percentile")
     if percentile is not None and not isinstance(percentile, number):

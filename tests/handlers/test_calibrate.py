@@ -8,6 +8,7 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
 from common.data.slices import SliceDataset
+from common.fingerprint import of_map
 from common.handlers.evaluation import Calibrate
 from common.handlers.inference import LoadWeights
 from common.methods.latent_ddpm import LatentDDPM
@@ -15,6 +16,8 @@ from common.networks.latent_space import LatentSpace
 from common.networks.volume import VolumeDetector
 from common.networks.vq_autoencoder import VQAutoencoder
 from common.schedulers.gaussian import GaussianScheduler
+from common.transforms.pipeline import BrainPreprocessing
+from common.transforms.postprocess import read_calibration
 from common.weights import load_into, load_weights, save_weights
 
 
@@ -30,6 +33,10 @@ def network():
     )
 
 
+def preprocessing():
+    return BrainPreprocessing(spacing_mm=2.0, percentile=98.0, upper=0.8, canvas=8, strip="atlas")
+
+
 @pytest.fixture
 def dataset():
     image = torch.rand(1, 8, 8, 11, generator=torch.Generator().manual_seed(0)) * 0.9 + 0.1
@@ -42,7 +49,7 @@ def calibrated(volume, path, slices=None):
     brain = MetaTensor(torch.ones(1, 10, 10, 1).bool())
     case = {"anomaly_map": MetaTensor(torch.arange(1.0, 101).view(1, 10, 10, 1))}
     evaluator = Engine(lambda engine, batch: [case])
-    for handler in (LoadWeights(volume, str(path)), Calibrate(volume, str(path), slices=slices)):
+    for handler in (LoadWeights(volume, str(path)), Calibrate(volume, str(path), preprocessing(), slices=slices)):
         handler.attach(evaluator)
     evaluator.run([[{"brain": brain}]], max_epochs=1)
     return load_weights(path)
@@ -53,6 +60,7 @@ def test_map_is_calibrated(tmp_path):
     assert 98 < stored["calibration.threshold"] < 100
     assert (stored["calibration.score_quantiles"] == 100).all()
     assert stored["calibration.subjects"] == 1
+    assert read_calibration(tmp_path / "model.pt").settings == of_map(network(), preprocessing())
     assert (stored["detector.threshold"] == 0).all()
 
 

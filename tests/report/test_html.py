@@ -92,6 +92,7 @@ def test_case_says_what_was_found(case_page):
     for text in ("scan", "dae", "ab" * 32, run["input_sha256"]["image"], f"torch {run['versions']['torch']}"):
         assert text in page.text
     assert "not a medical device" in page.text
+    assert f"threshold {run['threshold']:.3g}, calibrated" in page.text
     assert f"above {run['volume_score_percentile']:.0f} % of the healthy" in page.text
     x, y, z = (lesion[axis] for axis in ("x_mm", "y_mm", "z_mm"))
     row = page.cells[0]
