@@ -1,0 +1,185 @@
+"""Each brain is its own control: the anomaly map in units of its own scatter, compared with healthy brains and sides.
+
+On a scanner that a network has not learned its residuals are larger everywhere. What is abnormal still stands out of
+the residuals of the same brain, of the same place in healthy brains, and of the mirrored place in the same brain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor, nn
+
+from ..errors import SettingError
+
+Box = tuple[slice, ...]
+
+BRAIN_SHAPE = (73, 91, 78)  # voxels of 2 mm of the box around the brain of MNI152 (`transforms.registration.template`)
+ATLAS_SHAPE = (37, 46, 39)  # the same box at 4 mm, in which the atlas is kept
+ATLAS_SIGMA_VOX = 1.5  # at 2 mm: the boxes of two brains match to within some millimetres
+TOLERANCE_VOX = 3  # side of the cube whose largest value stands for the mirrored place
+MIRROR_SIGMA_VOX = 0.7
+MIN_COUNT = 0.05  # of a subject; where fewer healthy brains are, the atlas says nothing
+SCALE_QUANTILES = 101
+EPSILON = 1e-6  # the least scale, for a map that is constant in more than half of the brain
+
+
+@dataclass(frozen=True)
+class HealthyMap:
+    """The map of a healthy subject in robust units, with what it adds to the atlas.
+
+    z: (H, W, D) in units of its own scatter, 0 outside the brain; brain: (H, W, D) bool, where it belongs.
+    scale: the scatter in units of the map. total, count: (37, 46, 39), smoothed z and brain in the box of MNI152.
+    """
+
+    z: np.ndarray
+    brain: np.ndarray
+    scale: float
+    total: Tensor
+    count: Tensor
+
+
+class WithinSubjectNormalisation(nn.Module):
+    """Robust z-score of a map within its brain, minus a healthy atlas, minus the mirrored side, smoothed.
+
+    With m the map, b the brain and g the result mirrored left to right about the middle of the brain's box:
+
+    1. z = (m - median_b m) / MAD_b m, with MAD = median of |m - median|;
+    2. r = z - a, where a is the mean z of healthy subjects at this place, carried by the boxes around the brains;
+    3. r = r - w max(g, 0), where g is dilated (3 x 3 x 3, the tolerance) and smoothed (0.7 voxel) before;
+    4. Gaussian smoothing within the brain.
+
+    The result has no unit: it says how many times the scatter of its own brain a voxel lies above what is expected.
+    The median and the MAD stand as long as much less than half of a brain is abnormal. Step 3 weakens what is abnormal
+    on both sides alike.
+
+    The atlas and the scales of the healthy subjects are buffers, 0 and NaN until `fit`.
+
+    Args:
+        healthy_atlas: whether step 2 is done; the atlas is 0 until it is fitted.
+        contralateral_weight: w, 0 to 1; 0 leaves step 3 out.
+        smoothing_vox: standard deviation of step 4, in voxels; 0 leaves it out.
+
+    Raises SettingError where a number is out of its range.
+    """
+
+    atlas: Tensor
+    scale_quantiles: Tensor
+
+    def __init__(
+        self, healthy_atlas: bool = True, contralateral_weight: float = 0.5, smoothing_vox: float = 1.5
+    ) -> None:
+        super().__init__()
+        if not 0 <= contralateral_weight <= 1 or smoothing_vox < 0:
+            fact = f"contralateral_weight = {contralateral_weight}, smoothing_vox = {smoothing_vox}"
+            raise SettingError("WithinSubjectNormalisation", fact, "choose a weight from 0 to 1, a smoothing from 0")
+        self.healthy_atlas = healthy_atlas
+        self.contralateral_weight = contralateral_weight
+        self.smoothing_vox = smoothing_vox
+        self.register_buffer("atlas", torch.zeros(ATLAS_SHAPE if healthy_atlas else 0))
+        self.register_buffer("scale_quantiles", torch.full((SCALE_QUANTILES,), torch.nan, dtype=torch.float64))
+
+    @torch.no_grad()
+    def forward(self, anomaly_map: Tensor, brain: Tensor) -> tuple[Tensor, float]:
+        """The normalised map, 0 outside the brain and below 0 where less than expected, and the scale (the MAD).
+
+        anomaly_map: (1, H, W, D) float, axis 1 from left to right; brain: (1, H, W, D) bool.
+        """
+        inside = brain[0].cpu().numpy()
+        z, scale = robust_z(anomaly_map[0].float().cpu().numpy(), inside)
+        result = self._compare(z, inside, self.atlas.float().cpu() if self.healthy_atlas else None)
+        return torch.from_numpy(result)[None].to(anomaly_map.device), scale
+
+    def healthy_map(self, anomaly_map: Tensor, brain: Tensor) -> HealthyMap:
+        """What `fit` needs of a healthy subject, on the CPU; shapes as for `forward`."""
+        inside = brain[0].cpu().numpy()
+        z, scale = robust_z(anomaly_map[0].float().cpu().numpy(), inside)
+        box = box_of(inside)
+        total, count = (_to_atlas(torch.from_numpy(x[box].astype(np.float32))) for x in (z, inside))
+        return HealthyMap(z, inside, scale, total, count)
+
+    def fit(self, subjects: Sequence[HealthyMap]) -> list[np.ndarray]:
+        """Fit the atlas and the scales; return the normalised values (n,) of each subject's brain.
+
+        Of each subject they are compared with the atlas of the others: against an atlas that has seen it a healthy
+        brain would look more healthy than the next patient's.
+        """
+        total = torch.stack([subject.total for subject in subjects]).sum(dim=0)
+        count = torch.stack([subject.count for subject in subjects]).sum(dim=0)
+        levels = torch.linspace(0, 1, SCALE_QUANTILES, dtype=torch.float64)
+        scales = torch.tensor([subject.scale for subject in subjects], dtype=torch.float64)
+        self.scale_quantiles.copy_(torch.quantile(scales, levels))
+        values = []
+        for subject in subjects:
+            others = _mean(total - subject.total, count - subject.count) if self.healthy_atlas else None
+            values.append(self._compare(subject.z, subject.brain, others)[subject.brain])
+        if self.healthy_atlas:
+            self.atlas.copy_(_mean(total, count))
+        return values
+
+    def _compare(self, z: np.ndarray, brain: np.ndarray, atlas: Tensor | None) -> np.ndarray:
+        """Steps 2 to 4, (H, W, D)."""
+        if not brain.any():
+            return np.zeros_like(z)
+        result = z
+        if atlas is not None:
+            box = box_of(brain)
+            expected = np.zeros_like(z)
+            expected[box] = _resize(atlas, z[box].shape).numpy()
+            result = np.where(brain, z - expected, 0)
+        if self.contralateral_weight > 0:
+            result = minus_mirrored(result, brain, self.contralateral_weight)
+        return smoothed_inside(result, brain, self.smoothing_vox) if self.smoothing_vox > 0 else result
+
+
+def minus_mirrored(values: np.ndarray, brain: np.ndarray, weight: float) -> np.ndarray:
+    """Step 3: less what is above 0 around the mirrored place; (H, W, D), 0 outside the brain."""
+    box = box_of(brain)
+    mirrored = np.zeros_like(values)
+    mirrored[box] = values[box][::-1]
+    mirrored = ndimage.gaussian_filter(ndimage.grey_dilation(mirrored, TOLERANCE_VOX), MIRROR_SIGMA_VOX)
+    return np.where(brain, values - weight * np.maximum(mirrored, 0), 0)
+
+
+def smoothed_inside(values: np.ndarray, brain: np.ndarray, sigma_vox: float) -> np.ndarray:
+    """Step 4: the Gaussian mean of the brain's voxels only; (H, W, D), 0 outside the brain."""
+    share = ndimage.gaussian_filter(brain.astype(np.float32), sigma_vox)
+    total = ndimage.gaussian_filter(np.where(brain, values, 0), sigma_vox)
+    return np.where(brain, total / np.maximum(share, EPSILON), 0).astype(np.float32)
+
+
+def robust_z(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, float]:
+    """(x - median) / MAD within `inside`, else 0, float32, and the MAD (without a factor); both (H, W, D)."""
+    if not inside.any():
+        return np.zeros_like(values, dtype=np.float32), EPSILON
+    centre = np.median(values[inside])
+    scale = max(float(np.median(np.abs(values[inside] - centre))), EPSILON)
+    return np.where(inside, (values - centre) / np.float32(scale), 0).astype(np.float32), scale
+
+
+def box_of(inside: np.ndarray) -> Box:
+    """The smallest box around what is inside."""
+    return tuple(
+        slice(int(np.flatnonzero(line)[0]), int(np.flatnonzero(line)[-1]) + 1)
+        for line in (inside.any(axis=axes) for axes in ((1, 2), (0, 2), (0, 1)))
+    )
+
+
+def _resize(volume: Tensor, shape: Sequence[int]) -> Tensor:
+    """(H, W, D) -> `shape`, each axis stretched by itself, linearly."""
+    return F.interpolate(volume[None, None], tuple(shape), mode="trilinear")[0, 0]
+
+
+def _to_atlas(volume: Tensor) -> Tensor:
+    """From the box around a brain to that around the brain of MNI152, smoothed."""
+    carried = ndimage.gaussian_filter(_resize(volume, BRAIN_SHAPE).numpy(), ATLAS_SIGMA_VOX, mode="constant")
+    return _resize(torch.from_numpy(carried), ATLAS_SHAPE)
+
+
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    return torch.where(count > MIN_COUNT, total / count.clamp(min=MIN_COUNT), 0.0)
