@@ -86,7 +86,7 @@ class CaseRunner:
         content = workflow.parser.get_parsed_content
         self.evaluator: DetectionEvaluator = content("evaluator")
         self.preprocessing = content("preprocessing")
-        self.saver: SaveDetections = next(h for h in content("handlers") if isinstance(h, SaveDetections))
+        self.saver: SaveDetections = content("task")
         self._error: BaseException | None = None
         self.evaluator.add_event_handler(Events.EXCEPTION_RAISED, self._keep)
 

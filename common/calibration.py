@@ -25,6 +25,7 @@ class Calibration(nn.Module):
     It owns the threshold: what a case is segmented with is this one or a given one, and `origin` says which.
 
     threshold: the map's value that `false_positive_share` of the healthy foreground voxels exceed.
+    threshold_interval: 95 % of what the threshold would be with other healthy subjects; empty in older weights.
     score_quantiles: quantiles 0, 1, ..., 100 % of the volume score (`volume_score`) of the healthy subjects.
     subjects: how many they were.
     made_with: the settings that made their maps, JSON as (n,) uint8; empty until fitted, and in older weights.
@@ -32,9 +33,10 @@ class Calibration(nn.Module):
     Buffers named in `sized_by_file` take the size that they have in a weights file, and may be missing from it.
     """
 
-    sized_by_file: ClassVar[tuple[str, ...]] = ("made_with",)
+    sized_by_file: ClassVar[tuple[str, ...]] = ("made_with", "threshold_interval")
 
     threshold: Tensor
+    threshold_interval: Tensor
     false_positive_share: Tensor
     score_quantiles: Tensor
     subjects: Tensor
@@ -47,6 +49,7 @@ class Calibration(nn.Module):
         self.register_buffer("score_quantiles", torch.full((N_QUANTILES,), torch.nan, dtype=torch.float64))
         self.register_buffer("subjects", torch.zeros((), dtype=torch.int64))
         self.register_buffer("made_with", torch.zeros(0, dtype=torch.uint8))
+        self.register_buffer("threshold_interval", torch.zeros(0, dtype=torch.float64))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self.sized_by_file:
@@ -71,6 +74,7 @@ class Calibration(nn.Module):
         false_positive_share: float,
         scores: Tensor,
         settings: Mapping[str, Any] | None = None,
+        threshold_interval: tuple[float, float] | None = None,
     ) -> None:
         """scores: (n,) volume scores of the healthy subjects; settings: those that made their maps."""
         made_with = b"" if settings is None else json.dumps(settings, sort_keys=True).encode()
@@ -80,6 +84,7 @@ class Calibration(nn.Module):
         levels = torch.linspace(0, 1, N_QUANTILES, dtype=torch.float64)
         self.score_quantiles.copy_(torch.quantile(scores.to(torch.float64), levels))
         self.subjects.fill_(len(scores))
+        self.threshold_interval = self.threshold_interval.new_tensor(threshold_interval or ())
 
     def percentile(self, score: float) -> float:
         """Share of the healthy distribution below a volume score, in percent, 0 to 100."""
@@ -90,7 +95,8 @@ class Calibration(nn.Module):
         if not self.is_fitted or threshold != float(self.threshold):
             return {"kind": "given"}
         share, subjects = float(self.false_positive_share), int(self.subjects)
-        return {"kind": "calibrated", "false_positive_share": share, "subjects": subjects}
+        interval = {"interval": self.threshold_interval.tolist()} if len(self.threshold_interval) else {}
+        return {"kind": "calibrated", "false_positive_share": share, "subjects": subjects, **interval}
 
     def describe(self, anomaly_map: Tensor, brain: Tensor, threshold: float) -> dict[str, Any]:
         """The volume as a whole, (1, H, W, D): its score, the percentile of that among the healthy (None until fitted),

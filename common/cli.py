@@ -148,7 +148,7 @@ def detect(
         mask = None if brain_mask is None else str(brain_mask)
         cases = find_cases(image, metadata(method)["modalities"], mask, series, participant_label or ())
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
-        override |= {"network_def::batch_size": batch_size, "handlers::1::dicom": output_format is Format.DICOM_SEG}
+        override |= {"network_def::batch_size": batch_size, "task::dicom": output_format is Format.DICOM_SEG}
         with typed_errors():
             workflow = load_workflow(method, ["inference.json"], output_dir=str(output.resolve()), **override)
             workflow.initialize()
@@ -201,7 +201,7 @@ def evaluate(
     with _one_line_errors():
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         if not baselines:
-            override |= {"handlers::1::baselines": False, "handlers::1::mean_image": None}
+            override |= {"task::baselines": False, "task::mean_image": None}
         paths = {"cohort": str(cohort.resolve()), "result": str(output.resolve())}
         run_inference(method, ["inference.json", "evaluate.json"], **paths, **override)
 

@@ -16,6 +16,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..recorded import Recorded
 
 Box = tuple[slice, ...]
 
@@ -26,6 +27,7 @@ TOLERANCE_VOX = 3  # side of the cube whose largest value stands for the mirrore
 MIRROR_SIGMA_VOX = 0.7
 MIN_COUNT = 0.05  # of a subject; where fewer healthy brains are, the atlas says nothing
 SCALE_QUANTILES = 101
+ATLAS_SUBJECTS = 12  # an atlas of fewer is noise: 16 give what 60 give
 EPSILON = 1e-6  # the least scale, for a map that is constant in more than half of the brain
 
 
@@ -44,7 +46,7 @@ class HealthyMap:
     count: Tensor
 
 
-class WithinSubjectNormalisation(nn.Module):
+class WithinSubjectNormalisation(Recorded, nn.Module):
     """Robust z-score of a map within its brain, minus a healthy atlas, minus the mirrored side, smoothed.
 
     With m the map, b the brain and g the result mirrored left to right about the middle of the brain's box:
@@ -103,12 +105,19 @@ class WithinSubjectNormalisation(nn.Module):
         total, count = (_to_atlas(torch.from_numpy(x[box].astype(np.float32))) for x in (z, inside))
         return HealthyMap(z, inside, scale, total, count)
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `fit` was called, or fitted weights were loaded."""
+        return bool(self.scale_quantiles.isfinite().all())
+
     def fit(self, subjects: Sequence[HealthyMap]) -> list[np.ndarray]:
         """Fit the atlas and the scales; return the normalised values (n,) of each subject's brain.
 
         Of each subject they are compared with the atlas of the others: against an atlas that has seen it a healthy
-        brain would look more healthy than the next patient's.
+        brain would look more healthy than the next patient's. An atlas that was fitted before is kept where there are
+        fewer than `ATLAS_SUBJECTS`, which say less about a place than they say about the scatter.
         """
+        keep = self.is_fitted and len(subjects) < ATLAS_SUBJECTS
         total = torch.stack([subject.total for subject in subjects]).sum(dim=0)
         count = torch.stack([subject.count for subject in subjects]).sum(dim=0)
         levels = torch.linspace(0, 1, SCALE_QUANTILES, dtype=torch.float64)
@@ -116,9 +125,10 @@ class WithinSubjectNormalisation(nn.Module):
         self.scale_quantiles.copy_(torch.quantile(scales, levels))
         values = []
         for subject in subjects:
-            others = _mean(total - subject.total, count - subject.count) if self.healthy_atlas else None
-            values.append(self._compare(subject.z, subject.brain, others)[subject.brain])
-        if self.healthy_atlas:
+            others = self.atlas.float().cpu() if keep else _mean(total - subject.total, count - subject.count)
+            expected = others if self.healthy_atlas else None
+            values.append(self._compare(subject.z, subject.brain, expected)[subject.brain])
+        if self.healthy_atlas and not keep:
             self.atlas.copy_(_mean(total, count))
         return values
 

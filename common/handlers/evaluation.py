@@ -10,24 +10,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ..bundle import bundle_root
-from ..calibration import volume_score
 from ..engines import cases
-from ..errors import CohortError
 from ..files import replacing
-from ..fingerprint import Fingerprint, of_map
+from ..fingerprint import Fingerprint
 from ..methods.base import foreground_of
 from ..metrics import DetectionMetrics, MeanHealthyImage, intensity_threshold
 from ..metrics.baselines import DIRECTIONS, Direction
-from ..metrics.histograms import bin_index, bin_lower_edge
 from ..metrics.paper_slices import PaperSlices
 from ..networks.volume import VolumeDetector
 from ..recorded import Recorded
@@ -35,81 +30,10 @@ from ..report.case import versions
 from ..transforms.check import voxel_volume_ml
 from ..transforms.load import load_lesion
 from ..transforms.postprocess import intensity_unit
-from ..weights import load_weights, save_weights
 from .inference import said
 from .run_time import RunTime
 
 BATCH_SIZE = 16  # slices at a time
-
-
-class Calibrate:
-    """Fit the calibration on the healthy subjects that pass, and write it into the weights.
-
-    Args:
-        network: whose `calibration` is fitted.
-        weights: its file; only the calibration in it is replaced, and the threshold of the method's own.
-        preprocessing: its settings are stored with those of the network, to know a run of other settings by.
-        false_positive_share: share of the healthy brain voxels that may exceed the threshold.
-        slices: of the same subjects, for a method that has a threshold of its own, which `fit_threshold(batches)` sets
-            before the first of them passes.
-    """
-
-    def __init__(
-        self,
-        network: VolumeDetector,
-        weights: str,
-        preprocessing: Recorded,
-        false_positive_share: float = 0.01,
-        slices: Dataset | None = None,
-    ) -> None:
-        self.network = network
-        self.weights = weights
-        self.preprocessing = preprocessing
-        self.false_positive_share = false_positive_share
-        self.slices = slices
-        self.histogram = np.zeros(int(bin_index(np.array([np.finfo(np.float32).max]))[0]) + 1, dtype=np.int64)
-        self.scores: list[float] = []
-
-    def attach(self, engine: Engine) -> None:
-        """Add the handler to an evaluator of healthy subjects, after `LoadWeights`."""
-        engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self.finish)
-
-    def start(self, engine: Engine) -> None:
-        """Fit the method's own threshold."""
-        if self.slices is not None:
-            detector: Any = self.network.detector
-            device = next(detector.parameters()).device
-            detector.fit_threshold(batch["image"].to(device) for batch in DataLoader(self.slices, BATCH_SIZE))
-
-    def __call__(self, engine: Engine) -> None:
-        """Count the values of the map in the brain."""
-        for batch, output in cases(engine):
-            if batch.get("lesion"):
-                raise CohortError(batch["subject"], "has a lesion", "calibrate on healthy subjects only")
-            anomaly_map, brain = output["anomaly_map"].as_tensor(), batch["brain"].as_tensor()
-            values = anomaly_map[brain.to(anomaly_map.device)].float().cpu().numpy()
-            self.histogram += np.bincount(bin_index(values), minlength=len(self.histogram))
-            self.scores.append(volume_score(anomaly_map, brain.to(anomaly_map.device)))
-
-    def finish(self, engine: Engine) -> None:
-        """Fit, and replace the calibration in the weights file."""
-        calibration = self.network.calibration
-        threshold = exceeded_by(self.histogram, self.false_positive_share)
-        settings = of_map(self.network, self.preprocessing)
-        calibration.fit(threshold, self.false_positive_share, torch.tensor(self.scores), settings)
-        state = load_weights(self.weights)
-        state.update({f"calibration.{name}": value for name, value in calibration.state_dict().items()})
-        if self.slices is not None:
-            state["detector.threshold"] = self.network.detector.threshold
-        save_weights(state, self.weights)
-
-
-def exceeded_by(histogram: np.ndarray, share: float) -> float:
-    """The smallest bin edge that at most this share of the counted values exceed or equal."""
-    above = np.cumsum(histogram[::-1])[::-1]
-    return float(bin_lower_edge(np.array([np.flatnonzero(above <= share * above[0])[0]]))[0])
 
 
 @dataclass(frozen=True)

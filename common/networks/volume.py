@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.networks.layers import gaussian_1d, separable_filtering
 from torch import Tensor, nn
 
 from ..calibration import Calibration
+from ..detection.normalisation import WithinSubjectNormalisation
 from ..errors import BundleError, SettingError
 from ..methods.base import AnomalyDetector, foreground_of
 from ..recorded import Recorded
@@ -31,6 +33,7 @@ class VolumeDetector(Recorded, nn.Module):
         num_seeds: walks from as many seeds, the first of which is `seed`, are averaged; of use to random methods only.
         mirror: the result for the mirrored slices (the first of their axes, left and right in RAS) is averaged in.
         sigma_px: Gaussian smoothing of the map in three dimensions, in voxels, within the foreground; 0 for none.
+        normalisation: what `Postprocessing` does to the map next; its atlas travels with the weights.
 
     Raises SettingError where a number is out of its range.
     """
@@ -41,13 +44,14 @@ class VolumeDetector(Recorded, nn.Module):
     def __init__(
         self,
         detector: AnomalyDetector,
-        preparation: Mapping[str, float] | None = None,
+        preparation: Mapping[str, float | Sequence[float]] | None = None,
         axis: int = 2,
         batch_size: int = 16,
         seed: int = 0,
         num_seeds: int = 1,
         mirror: bool = False,
         sigma_px: float = 0.0,
+        normalisation: WithinSubjectNormalisation | None = None,
     ) -> None:
         super().__init__()
         if num_seeds < 1 or sigma_px < 0:
@@ -60,9 +64,10 @@ class VolumeDetector(Recorded, nn.Module):
         self.num_seeds = num_seeds
         self.mirror = mirror
         self.sigma_px = sigma_px
+        self.normalisation = normalisation
         self.calibration = Calibration()
         self.preparation_names = sorted(preparation or {})
-        values = [float((preparation or {})[name]) for name in self.preparation_names]
+        values = [float(x) for name in self.preparation_names for x in np.ravel((preparation or {})[name])]
         self.register_buffer("preparation", torch.tensor(values, dtype=torch.float64))
         self.register_load_state_dict_pre_hook(_check_preparation)
 
@@ -112,6 +117,6 @@ def _check_preparation(module: VolumeDetector, state_dict: dict[str, Any], prefi
         return  # a strict load will name the missing key
     own = module.preparation
     if stored.shape != own.shape or not torch.allclose(stored.to(own), own):
-        settings = dict(zip(module.preparation_names, own.tolist(), strict=True))
-        fact = f"the weights were trained with other settings, {stored.tolist()}, than the configured {settings}"
+        names = ", ".join(module.preparation_names)
+        fact = f"the weights were trained with other settings, {stored.tolist()}, than {own.tolist()} ({names})"
         raise BundleError("weights", fact, "use the settings the weights were trained with, or train again")

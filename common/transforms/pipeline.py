@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from monai.transforms import (
     Compose,
     CopyItemsd,
@@ -19,6 +21,7 @@ from .intensity import CorrectBiasFieldd, ScaleIntensityByForegroundd
 from .load import LoadImageCheckedd
 from .registration import RegisterToMNId
 from .resample import ResampleForegroundd
+from .tissue import StandardiseTissued
 
 
 class BrainPreprocessing(Recorded, Compose):
@@ -37,6 +40,8 @@ class BrainPreprocessing(Recorded, Compose):
         register: bring the brain to MNI152, on whose grid the network then works; adds `to_mni`, (4, 4) RAS mm.
         strip: what to do with a skull, see `BrainMaskd`.
         bias_correction: divide by the bias field, which is kept as `bias_field`, see `CorrectBiasFieldd`.
+        tissue_modes: of CSF, grey and white matter, to which a T1 brain is brought, see `StandardiseTissued`; those
+            that it had are added as `tissue_modes`.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class BrainPreprocessing(Recorded, Compose):
         register: bool = False,
         strip: str | None = None,
         bias_correction: bool = False,
+        tissue_modes: Sequence[float] | None = None,
     ) -> None:
         image, both = "image", ("image", "foreground")
         native = ResampleForegroundd(image, "foreground", (spacing_mm,) * 3)
@@ -65,6 +71,7 @@ class BrainPreprocessing(Recorded, Compose):
                 CropForegroundd(both, source_key="foreground", allow_smaller=True),
                 *([CorrectBiasFieldd(image, "foreground")] if bias_correction else []),
                 ScaleIntensityByForegroundd(image, "foreground", percentile, upper),
+                *([] if tissue_modes is None else [StandardiseTissued(image, tissue_modes)]),
                 SpatialPadd(image, (canvas, canvas, -1)),
                 DeleteItemsd("foreground"),
             ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +10,94 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, SpatialResample
+from monai.transforms import Compose, Invertd, MapTransform, SpatialResample
 from monai.utils import convert_to_tensor
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration import Calibration
+from ..detection.normalisation import WithinSubjectNormalisation
+from ..detection.reliability import doubts, verdict
 from ..errors import BundleError
+from ..methods.base import foreground_of
 from ..weights import load_weights
 from .check import voxel_volume_ml
+from .tissue import destandardised
+
+
+class Postprocessing(Compose):
+    """The counterpart of a bundle's preprocessing: from the network's prediction of a case to what is written.
+
+    In: `pred` (1 + C, H, W, D) on the network's grid, and what the preprocessing made. Out, on the input's own grid:
+    `anomaly_map`, `reconstruction`, `segmentation`, `threshold`, and `result`, the volume in numbers.
+
+    Args:
+        preprocessing: whose steps are undone.
+        weights: the bundle's weights, for the calibration.
+        segmentation: `threshold`, `min_volume_ml` and `save_map` of `SegmentAnomaliesd`.
+        normalisation: that of the network; None for the map as it is.
+    """
+
+    def __init__(
+        self,
+        preprocessing: Compose,
+        weights: str,
+        segmentation: Mapping[str, Any],
+        normalisation: WithinSubjectNormalisation | None = None,
+    ) -> None:
+        super().__init__(
+            [
+                *([] if normalisation is None else [NormaliseWithinSubjectd(normalisation, weights)]),
+                Invertd("pred", preprocessing, orig_keys="image", nearest_interp=False),
+                SplitPredictiond(),
+                SegmentAnomaliesd("pred", weights, **segmentation),
+                ScoreVolumed(weights),
+            ]
+        )
+
+
+class NormaliseWithinSubjectd(MapTransform):
+    """Apply `WithinSubjectNormalisation` to the map, the first channel of the prediction; add `map_scale`, its scale.
+
+    Args:
+        normalisation: its atlas and scales are read from the weights at first use, where they are not loaded yet.
+        weights: the bundle's weights.
+        keys: the prediction (1 + C, H, W, D), on the network's grid.
+        image_key: the preprocessed image, for its foreground.
+    """
+
+    def __init__(
+        self,
+        normalisation: WithinSubjectNormalisation,
+        weights: str | Path,
+        keys: KeysCollection = "pred",
+        image_key: str = "image",
+    ) -> None:
+        super().__init__(keys)
+        self.normalisation = normalisation
+        self.weights = weights
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the normalised map. Raises BundleError where the weights are not calibrated."""
+        if not self.normalisation.is_fitted:
+            load_part(self.normalisation, "normalisation", self.weights)
+        result = dict(data)
+        pred = result[self.keys[0]]
+        foreground = foreground_of(result[self.image_key].as_tensor()[None])[0]
+        normalised, result["map_scale"] = self.normalisation(pred.as_tensor()[:1], foreground)
+        result[self.keys[0]] = pred.clone()
+        result[self.keys[0]].as_tensor()[:1] = normalised
+        return result
 
 
 class SplitPredictiond(MapTransform):
     """Split `pred` (1 + C, H, W, D) into `anomaly_map` and `reconstruction`, 0 outside the brain.
 
-    The reconstruction returns to the image's own units (`meta["intensity_unit"]`), with the bias field of the image
-    where one was taken away (`bias_field`), and at the rim it is divided by how much of the brain its interpolation
-    saw, as in `ResampleForegroundd`; the map stays raw. `pred` becomes the map.
+    The reconstruction returns to the image's own contrast (`meta["tissue_knots"]`) and units
+    (`meta["intensity_unit"]`), with the bias field of the image where one was taken away (`bias_field`), and at the rim
+    it is divided by how much of the brain its interpolation saw, as in `ResampleForegroundd`; the map stays as it is.
+    `pred` becomes the map.
 
     Args:
         keys: the prediction, already inverted to the input's grid.
@@ -49,7 +120,11 @@ class SplitPredictiond(MapTransform):
         share = self.resample(foreground, **_input_grid(image, mask))
         share = convert_to_tensor(share, track_meta=False).to(values).clamp(min=0.01)
         unit = intensity_unit(result, self.image_key, self.mask_key).to(values)
-        reconstruction = values[1:] * unit / share
+        reconstruction = values[1:] / share
+        if "tissue_knots" in image.meta:
+            knots = np.reshape(image.meta["tissue_knots"], (2, -1))
+            reconstruction = destandardised(reconstruction, knots)
+        reconstruction = reconstruction * unit
         result["anomaly_map"] = MetaTensor(values[:1].clamp(min=0), affine=mask.affine)
         result["reconstruction"] = MetaTensor(reconstruction, affine=mask.affine)
         result[self.keys[0]] = result["anomaly_map"]
@@ -121,8 +196,10 @@ class SegmentAnomaliesd(MapTransform):
 class ScoreVolumed(MapTransform):
     """Add `result`, the volume in numbers (`Calibration.describe`), which MONAI Label returns as JSON beside the image.
 
+    With it goes whether the numbers can be believed, see `common.detection.reliability`.
+
     Args:
-        weights: the bundle's weights, for the scores of the healthy.
+        weights: the bundle's weights, for the scores and scales of the healthy.
         keys: the map, on the input's grid.
         mask_key: brain mask on the input's grid.
     """
@@ -139,7 +216,18 @@ class ScoreVolumed(MapTransform):
             self.calibration = read_calibration(self.weights)
         anomaly_map = data[self.keys[0]].as_tensor()
         brain = data[self.mask_key].as_tensor().to(anomaly_map.device)
-        return dict(data) | {"result": self.calibration.describe(anomaly_map, brain, data["threshold"])}
+        result = self.calibration.describe(anomaly_map, brain, data["threshold"])
+        return dict(data) | {"result": result | self._reliability(data)}
+
+    def _reliability(self, data: Mapping[Hashable, Any]) -> dict[str, Any]:
+        if "map_scale" not in data:
+            return {}
+        modes = None if "tissue_modes" not in data else np.ravel(data["tissue_modes"]).astype(float).tolist()
+        scales = load_weights(self.weights)["normalisation.scale_quantiles"]
+        spacing = data[self.mask_key].pixdim.tolist()
+        found = None if modes is None or np.isnan(modes).any() else modes
+        reasons = doubts(data["map_scale"], scales, modes, spacing)
+        return {"map_scale": data["map_scale"], "tissue_modes": found, **verdict(reasons)}
 
 
 def segment(anomaly_map: np.ndarray, threshold: float, min_voxels: float) -> np.ndarray:
@@ -152,13 +240,18 @@ def segment(anomaly_map: np.ndarray, threshold: float, min_voxels: float) -> np.
 
 def read_calibration(weights: str | Path | None) -> Calibration:
     """The calibration in a bundle's weights, fitted or not. Raises BundleError."""
-    state, prefix = load_weights(weights), "calibration."
     calibration = Calibration()
-    stored = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    if missing := calibration.state_dict().keys() - stored.keys() - {*calibration.sized_by_file}:
-        raise BundleError(weights, f"no calibration.{min(missing)} in the weights", "give weights of this bundle")
-    calibration.load_state_dict(stored)
+    load_part(calibration, "calibration", weights, may_miss=calibration.sized_by_file)
     return calibration
+
+
+def load_part(module: nn.Module, name: str, weights: str | Path | None, may_miss: Sequence[str] = ()) -> None:
+    """Read the part of a bundle's weights that has this name. Raises BundleError where it is not there."""
+    state, prefix = load_weights(weights), f"{name}."
+    stored = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if missing := module.state_dict().keys() - stored.keys() - {*may_miss}:
+        raise BundleError(weights, f"no {prefix}{min(missing)} in the weights", "give weights of this bundle")
+    module.load_state_dict(stored)
 
 
 def calibrated_threshold(weights: str | Path | None) -> float:
