@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 from .glioma import make_glioma
 from .headct_sprites import make_headct_sprites
-from .ixi_lesions import make_ixi_lesions
+from .healthy_lesions import IXI, NOVOSIBIRSK, lesion_cohort
 from .oct import make_oct
 from .patients import make_patients
 
 KINDS: dict[str, Callable[..., None]] = {
-    "ixi-lesions": make_ixi_lesions,
+    "ixi-lesions": lesion_cohort(IXI),
+    "novosibirsk-lesions": lesion_cohort(NOVOSIBIRSK),
     "glioma": make_glioma,
     "headct-sprites": make_headct_sprites,
     "oct": make_oct,

@@ -11,7 +11,7 @@ from ..errors import CohortError
 from ..files import replacing
 
 Split = Literal["train", "val", "test"]
-OTHER_COLUMNS = ("subject", "split", "brain", "lesion")
+OTHER_COLUMNS = ("subject", "split", "site", "brain", "lesion")
 SAMPLE_DIR = Path(__file__).parent / "sample"
 
 
@@ -27,10 +27,10 @@ def read_cohort(
     healthy: bool | None = None,
     allow_empty: bool = False,
 ) -> list[dict[str, object]]:
-    """The rows of a cohort CSV as a datalist: subject, image (path, or one a modality); split, brain, lesion if given.
+    """The rows of a cohort CSV as a datalist: subject, image (path, or one a modality); the other columns if given.
 
-    The columns are `subject`, one per modality, `split` where one is asked for, and optionally `brain` and `lesion`
-    (empty: none; a subject without `lesion` is healthy). Paths are relative to the CSV.
+    The columns are `subject`, one per modality, `split` where one is asked for, and optionally `site` (the scanner or
+    hospital), `brain` and `lesion` (empty: none; a subject without `lesion` is healthy). Paths are relative to the CSV.
 
     Args:
         split: only rows of this split.
@@ -78,9 +78,12 @@ def read_rows(path: Path) -> tuple[Sequence[str], dict[int, dict[str, str]]]:
 
 
 def write_cohort(path: Path, modalities: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
-    """Write a cohort CSV; the rows have its columns, of which `brain` and `lesion` may be empty."""
+    """Write a cohort CSV; the rows have its columns, of which `brain` and `lesion` may be empty, and `site` lacking."""
+    rows = list(rows)
+    site = ["site"] if any("site" in row for row in rows) else []
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["subject", "split", *modalities, "brain", "lesion"], lineterminator="\n")
+        columns = ["subject", "split", *site, *modalities, "brain", "lesion"]
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -117,5 +120,10 @@ def _item(path: Path, number: int, row: dict[str, str], modalities: Sequence[str
         remedy = f"give all of {', '.join(modalities)}"
         raise cell_error(path, number, modalities[images.index(None)], fact, remedy)
     item: dict[str, object] = {"subject": row["subject"], "image": images[0] if len(images) == 1 else images}
-    others = {"split": row.get("split"), "brain": resolve("brain"), "lesion": resolve("lesion")}
+    others = {
+        "split": row.get("split"),
+        "site": row.get("site"),
+        "brain": resolve("brain"),
+        "lesion": resolve("lesion"),
+    }
     return item | {column: value for column, value in others.items() if value}  # MONAI's collation takes no None

@@ -33,7 +33,8 @@ class _Statistic(NamedTuple):
 def metrics_with_intervals(records: Sequence[SubjectRecord], seed: int, n_bootstrap: int) -> dict[str, Any]:
     """All metrics as `{"value": ..., "ci95": [low, high]}` and, a plain number, `oracle_threshold`; None if undefined.
 
-    `lesion_sizes` has such metrics for each group of lesions, `replicates` the values of `PAIRED` in each resample.
+    `sites` and `lesion_sizes` have such metrics for each site and group of lesions, `replicates` the values of `PAIRED`
+    in each resample.
 
     The intervals are the 2.5th and 97.5th percentile over resamples of the subjects with replacement.
     """
@@ -43,7 +44,9 @@ def metrics_with_intervals(records: Sequence[SubjectRecord], seed: int, n_bootst
     statistics = (
         voxels,
         _dice_at_threshold(records),
+        _voxel_recall(records),
         _slices(records),
+        *_volumes(records),
         _false_positives(records),
         _mean_over_subjects("psnr", np.array([r.psnr for r in records])),
         _mean_over_subjects("ssim", np.array([r.ssim for r in records])),
@@ -56,7 +59,8 @@ def metrics_with_intervals(records: Sequence[SubjectRecord], seed: int, n_bootst
         values, replicates = _values_and_replicates(statistic, resamples)
         result |= {name: _with_interval(values[name], replicates[name]) for name in values}
         result["replicates"] |= {name: [_defined(x) for x in replicates[name]] for name in PAIRED if name in values}
-    return result | {"lesion_sizes": _lesion_sizes(records, resamples)}
+    result["healthy_worst_share"] = _with_interval(_worst_share(records), np.empty(0))
+    return result | {"sites": _sites(records, resamples), "lesion_sizes": _lesion_sizes(records, resamples)}
 
 
 def paired_difference(result: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -127,6 +131,66 @@ def _dice_at_threshold(records: Sequence[SubjectRecord]) -> _Statistic:
         return {"dice_at_threshold": np.where(w @ truth > 0, dice, np.nan)}
 
     return _Statistic(metrics, used)
+
+
+def _volumes(records: Sequence[SubjectRecord]) -> tuple[_Statistic, _Statistic]:
+    """Whole volumes by their score, and by their largest component where there is a threshold."""
+    everyone = np.ones(len(records), dtype=bool)
+    known = np.array([r.at_threshold is not None for r in records])
+    scores = np.array([r.volume_score for r in records])
+    clusters = np.array([r.lesions.largest_ml for r in records])
+    named = {"volume_auroc": (scores, everyone), "volume_auroc_cluster": (clusters, known)}
+    score, cluster = (_ranked(name, records, *values) for name, values in named.items())
+    return score, cluster
+
+
+def _ranked(
+    name: str, records: Sequence[SubjectRecord], values: NDArray[np.float64], used: NDArray[np.bool_]
+) -> _Statistic:
+    """AUROC of one value a subject; exact, as every different value has a bin."""
+    levels, columns = np.unique(values, return_inverse=True)
+    lesion = np.array([r.has_lesion for r in records])
+    pos, neg = np.zeros((2, len(records), len(levels)))
+    pos[np.arange(len(records)), columns] = lesion & used
+    neg[np.arange(len(records)), columns] = ~lesion & used
+    return _Statistic(lambda w: {name: auroc(w @ pos, w @ neg)}, used, len(levels))
+
+
+def _voxel_recall(records: Sequence[SubjectRecord]) -> _Statistic:
+    used = np.array([r.has_lesion and r.at_threshold is not None for r in records])
+    true, _ = _at_threshold(records) * used
+    truth = np.array([r.lesion_voxels for r in records]) * used
+    return _Statistic(lambda w: {"voxel_recall_at_threshold": _ratio(w @ true, w @ truth)}, used)
+
+
+def _sites(records: Sequence[SubjectRecord], resamples: NDArray[np.float64]) -> list[dict[str, Any]]:
+    """The false alarms and the recall of each site, in the same resamples."""
+    of_sites = []
+    for site in sorted({r.site for r in records}):
+        here = np.array([r.site == site for r in records])
+        own = [r for r in records if r.site == site]
+        summed: dict[str, Any] = {
+            "site": site,
+            "n_healthy": sum(not r.has_lesion for r in own),
+            "n_lesion_subjects": sum(r.has_lesion for r in own),
+        }
+        for statistic in (_mean_over_subjects("healthy_share", _healthy_shares(own)), _voxel_recall(own)):
+            values, replicates = _values_and_replicates(statistic, resamples[:, here])
+            summed |= {name: _with_interval(values[name], replicates[name]) for name in values}
+        of_sites.append(summed | {"healthy_worst_share": _with_interval(_worst_share(own), np.empty(0))})
+    return of_sites
+
+
+def _healthy_shares(records: Sequence[SubjectRecord]) -> NDArray[np.float64]:
+    """(S,) share of each healthy subject's foreground above the threshold, NaN of the others."""
+    return np.array(
+        [np.nan if r.has_lesion or r.at_threshold is None else r.at_threshold[1] / r.foreground_voxels for r in records]
+    )
+
+
+def _worst_share(records: Sequence[SubjectRecord]) -> float:
+    shares = _healthy_shares(records)
+    return float(np.max(shares, where=np.isfinite(shares), initial=-1)) if np.isfinite(shares).any() else math.nan
 
 
 def _false_positives(records: Sequence[SubjectRecord]) -> _Statistic:

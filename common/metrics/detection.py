@@ -14,7 +14,7 @@ from .bootstrap import metrics_with_intervals
 from .curves import all_slice_scores, pooled_curves
 from .lesions import compare_lesions
 from .reconstruction import psnr_outside_lesions, ssim_outside_lesions
-from .subject_record import SubjectRecord, highest_share_means, voxel_histograms
+from .subject_record import SubjectRecord, highest_share_mean, highest_share_means, voxel_histograms
 
 _NO_HISTOGRAMS = np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
 
@@ -47,6 +47,7 @@ class DetectionMetrics:
         reconstruction: NdarrayOrTensor | None = None,
         segmentation: NdarrayOrTensor | None = None,
         voxel_ml: float = 0.001,
+        site: str = "",
     ) -> None:
         """Add one subject, on its own grid.
 
@@ -61,6 +62,7 @@ class DetectionMetrics:
             segmentation: (H, W, D) bool, whose components are compared with the lesions; needs a threshold, and by
                 default it is map > threshold.
             voxel_ml: volume of a voxel; the default is 1 mm3.
+            site: where the subject was scanned; subjects of one site are summed up together.
 
         Raises:
             ValueError: a subject twice, shapes that differ, an empty foreground, a map or scores that are not finite,
@@ -87,6 +89,7 @@ class DetectionMetrics:
         bins, pos, neg, dice_sum = voxel_histograms(scores, lesions, inside) if everywhere.any() else _NO_HISTOGRAMS
         psnr, ssim = self._fidelity(subject, image, reconstruction, everywhere, inside)
         self._records[subject] = SubjectRecord(
+            site=site,
             has_lesion=bool(everywhere.any()),
             lesion_voxels=int(lesions.sum()),
             lesion_voxels_outside=int(everywhere.sum() - lesions.sum()),
@@ -95,6 +98,7 @@ class DetectionMetrics:
             slices=np.flatnonzero(has_foreground),
             slice_scores=_slice_scores(subject, slice_scores, scores, inside)[has_foreground],
             slice_labels=has_lesion[has_foreground],
+            volume_score=highest_share_mean(scores[inside]),
             at_threshold=None if threshold is None else (int((predicted & lesions).sum()), int(predicted.sum())),
             lesions=compare_lesions(lesions, segmented, voxel_ml),
             bins=bins,
@@ -116,9 +120,15 @@ class DetectionMetrics:
         max_dice_pooled: ORACLE (the threshold is chosen with the labels), highest Dice of all voxels pooled over all
             thresholds ("global"); reached by map > `oracle_threshold`, a plain number.
         max_dice_mean: ORACLE, highest mean Dice of the single lesion slices over all common thresholds.
-        dice_at_threshold: pooled Dice at the shipped threshold, chosen without labels.
+        dice_at_threshold, voxel_recall_at_threshold: pooled Dice, and share of the lesion voxels found, at the shipped
+            threshold, chosen without labels.
         image_auroc, image_auprc: slices; abnormal = holds lesion voxels.
+        volume_auroc, volume_auroc_cluster: whole volumes with a lesion against those without, by the mean of the
+            highest 1 % of the map, and by the volume of the segmentation's largest component.
         healthy_fp_share: share of the healthy subjects' foreground voxels above the shipped threshold.
+        healthy_worst_share: this share of the subject where it is the largest; no interval.
+        sites: for each site `site`, `n_healthy` and `n_lesion_subjects`, and of its subjects alone `healthy_share`
+            (mean over the healthy subjects), `healthy_worst_share` and `voxel_recall_at_threshold`.
         lesion_recall, lesion_precision, lesion_f1: lesion-wise, by any overlap; with `_iou`, paired one to one by IoU
             (see `common.metrics.lesions`). Of the subjects that have a lesion.
         healthy_false_lesions: components of the segmentation in a healthy subject, on average.

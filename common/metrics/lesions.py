@@ -38,6 +38,7 @@ class LesionRecord:
     paired: int  # lesions with a predicted component of their own, IoU above MIN_IOU
     predicted: int  # components of the segmentation
     predicted_true: int  # of them, those that touch a lesion
+    largest_ml: float  # volume of the largest component of the segmentation, 0 without any
 
 
 def compare_lesions(lesion: NDArray[np.bool_], predicted: NDArray[np.bool_], voxel_ml: float) -> LesionRecord:
@@ -50,6 +51,7 @@ def compare_lesions(lesion: NDArray[np.bool_], predicted: NDArray[np.bool_], vox
     sizes = np.bincount(truth[lesion] - 1, minlength=n_lesions)
     covered = np.bincount(pairs[0], common, minlength=n_lesions)
     group = np.searchsorted(SIZE_BOUNDS_ML, sizes * voxel_ml)
+    predicted_sizes = np.bincount(found[predicted] - 1, minlength=n_predicted)
 
     def by_size(weights: NDArray[np.float64] | NDArray[np.int64]) -> NDArray[np.int64]:
         return np.bincount(group, weights, minlength=N_SIZES).astype(np.int64)
@@ -59,9 +61,10 @@ def compare_lesions(lesion: NDArray[np.bool_], predicted: NDArray[np.bool_], vox
         found=by_size((covered > 0).astype(float)),
         voxels=by_size(sizes),
         voxels_found=by_size(covered),
-        paired=_count_pairs(pairs, common, sizes, np.bincount(found[predicted] - 1, minlength=n_predicted)),
+        paired=_count_pairs(pairs, common, sizes, predicted_sizes),
         predicted=n_predicted,
         predicted_true=len(np.unique(pairs[1])),
+        largest_ml=float(predicted_sizes.max(initial=0) * voxel_ml),
     )
 
 

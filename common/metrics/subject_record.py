@@ -19,6 +19,7 @@ from .lesions import LesionRecord
 class SubjectRecord:
     """All that is kept of a subject: its size is bounded by the numbers of bins and of slices, not of voxels."""
 
+    site: str  # where it was scanned, "" if unknown
     has_lesion: bool  # anywhere, also outside the foreground
     lesion_voxels: int  # in the foreground, as everything below
     lesion_voxels_outside: int
@@ -27,6 +28,7 @@ class SubjectRecord:
     slices: NDArray[np.int64]  # (N,), of the volume, those that hold foreground
     slice_scores: NDArray[np.float64]  # (N,)
     slice_labels: NDArray[np.bool_]  # (N,), whether they hold lesion
+    volume_score: float  # mean of the highest 1 % of the foreground
     at_threshold: tuple[int, int] | None  # true positive and all predicted voxels; None without a threshold
     lesions: LesionRecord  # without a threshold, that of an empty segmentation
     # the map's histograms, occupied bins only, (K,) each; of subjects with a lesion, K = 0 for the healthy
@@ -64,10 +66,14 @@ def highest_share_means(
     """
     means = np.full(len(scores), np.nan)
     for index in np.flatnonzero(foreground.any((1, 2))):
-        values = scores[index][foreground[index]]
-        count = math.ceil(share * values.size)
-        means[index] = np.partition(values, -count)[-count:].mean(dtype=np.float64)
+        means[index] = highest_share_mean(scores[index][foreground[index]], share)
     return means
+
+
+def highest_share_mean(values: NDArray[np.float32], share: float = 0.01) -> float:
+    """Mean of the highest `share` of some values, (N,), N > 0; of at least one of them."""
+    count = math.ceil(share * values.size)
+    return float(np.partition(values, -count)[-count:].mean(dtype=np.float64))
 
 
 def _split(

@@ -11,17 +11,22 @@ VOXELS = {
     "auprc": "AUPRC",
     "auroc": "AUROC",
     "dice_at_threshold": "Dice at the healthy threshold",
+    "voxel_recall_at_threshold": "lesion voxels found at it",
     "max_dice_pooled": "best Dice (oracle)",
     "max_dice_mean": "best mean Dice of slices (oracle)",
 }
 SUBJECTS = {
     "image_auroc": "slice AUROC",
     "image_auprc": "slice AUPRC",
+    "volume_auroc": "volume AUROC, score",
+    "volume_auroc_cluster": "volume AUROC, largest component",
     "healthy_fp_share": "healthy voxels above threshold",
+    "healthy_worst_share": "worst healthy subject",
     "healthy_false_lesions": "components in a healthy subject",
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
 }
+SITES = ("healthy_share", "healthy_worst_share", "voxel_recall_at_threshold")
 LESIONS = {
     "lesion_recall": "recall",
     "lesion_precision": "precision",
@@ -51,7 +56,11 @@ TIMES = {
 }
 EXPLAINED = {
     "Voxels": "Pooled over the foreground of the subjects with a lesion. Oracle: the labels choose the threshold.",
-    "Slices and healthy subjects": "A slice is abnormal where it holds lesion; PSNR and SSIM outside lesions.",
+    "Slices and healthy subjects": "A slice is abnormal where it holds lesion; PSNR and SSIM outside lesions. Whole "
+    "volumes with a lesion against those without: by the mean of the highest 1 % of the map, and by the largest "
+    "component of the segmentation.",
+    "Sites": "Share of a healthy brain above the healthy threshold, mean over the subjects and in the worst one; share "
+    "of the lesion voxels above it.",
     "Lesions": "26-connected components of the segmentation at the healthy threshold against those of the annotation: "
     "found or true by any overlap, and paired one to one by IoU.",
     "Lesions by size": "Share of the lesions that the segmentation touches, and of their voxels that it holds.",
@@ -88,6 +97,12 @@ def size_label(bounds_ml: Sequence[float | None]) -> str:
     return f"{low:g}-{high:g} ml" if low else f"< {high:g} ml"
 
 
+def site_cell(site: Mapping[str, Any]) -> str:
+    """`healthy 0.012 (0.008-0.016), worst 0.056; found 0.850 (0.800-0.900)` of one site."""
+    share, worst, recall = (cell(site[name]) for name in SITES)
+    return f"healthy {share}, worst {worst}; found {recall}"
+
+
 def markdown_tables(benchmark: Mapping[str, Any]) -> str:
     """All tables, with 95 % intervals by bootstrap over subjects."""
     methods = benchmark["methods"]
@@ -102,6 +117,10 @@ def markdown_tables(benchmark: Mapping[str, Any]) -> str:
     lines += _section("Voxels", VOXELS.values(), [[m["key"], *(cell(m[n]) for n in VOXELS)] for m in methods])
     rows = [[m["key"], *(cell(m[n]) for n in SUBJECTS)] for m in methods]
     lines += _section("Slices and healthy subjects", SUBJECTS.values(), rows)
+    sites = [
+        f"{s['site'] or 'all'} ({s['n_healthy']} healthy, {s['n_lesion_subjects']} with lesion)" for s in first["sites"]
+    ]
+    lines += _section("Sites", sites, [[m["key"], *map(site_cell, m["sites"])] for m in measured])
     lines += _section("Lesions", LESIONS.values(), [[m["key"], *(cell(m[n]) for n in LESIONS)] for m in measured])
     sizes = [f"{size_label(group['ml'])} (n = {group['n_lesions']})" for group in first["lesion_sizes"]]
     rows = [
@@ -147,6 +166,9 @@ def csv_table(benchmark: Mapping[str, Any]) -> str:
         for group in method["lesion_sizes"]:
             label = size_label(group["ml"])
             numbers |= {f"{name} {label}": group[name] for name in ("lesion_recall", "voxel_recall")}
+        for site in method["sites"]:
+            label = site["site"] or "all"
+            numbers |= {f"{name} {label}": site[name] for name in SITES}
         for metric, difference in method["difference_to_best"].items():
             numbers[f"{metric} minus {difference['best']}"] = difference
         lines += [[method["key"], name, n["value"], *n["ci95"]] for name, n in numbers.items()]

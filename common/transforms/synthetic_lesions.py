@@ -5,7 +5,7 @@ All sizes are in mm and all contrasts relative to the brain they are put in: one
 
 Kinds:
 * `blobs`: hypo- and hyper-intense, noise-deformed ellipsoids with soft borders;
-* `atlas`: a real lesion mask from MNI152 space (say, multiple sclerosis), filled hypo-intense as on T1;
+* `chronic_stroke`, `acute_stroke`, `atlas`: a real lesion mask from MNI152 space, filled as on T1 (see `mni_lesions`);
 * `texture`: a ball of tissue replaced by tissue from elsewhere in the same brain (normal tissue in the wrong place);
 * `deformation`: a ball whose inside bulges or shrinks (normal tissue of the wrong shape).
 """
@@ -14,11 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any
 from zlib import crc32
 
-import nibabel as nib
 import numpy as np
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
@@ -29,28 +27,25 @@ from numpy.random import RandomState
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from .mni_lesions import BORDER_MM, FACTORS, StrPath, fill, list_atlases, match_moments, mni_weight
+from .mni_lesions import KINDS as MNI_KINDS
+
 Array = NDArray[Any]
-StrPath = str | PathLike[str]
-Atlas = StrPath | tuple[Array, Array]
 
 # Fewest and most lesions, smallest and largest radius (mm). Blobs: 3.7 ml on average (0.5 to 9), so four of them are
 # 1 % of an adult brain (1.4 l). Swapped texture is larger, as it must be told from normal tissue. A deformation fades
 # out inside its ball: it needs a large one, and few of those fit into a brain.
-COUNT = {"blobs": (3, 5), "texture": (2, 4), "deformation": (1, 2), "atlas": (1, 1)}
-RADIUS_MM = {"blobs": (5.0, 13.0), "texture": (8.0, 14.0), "deformation": (14.0, 22.0), "atlas": (0.0, 0.0)}
+COUNT = {"blobs": (3, 5), "texture": (2, 4), "deformation": (1, 2)} | dict.fromkeys(MNI_KINDS, (1, 1))
+RADIUS_MM = {"blobs": (5.0, 13.0), "texture": (8.0, 14.0), "deformation": (14.0, 22.0)}
 
-# Centre and standard deviation (mm) of the voxels of the ICBM152 2009a brain (nilearn's `load_mni152_template() > 0`).
-MNI_CENTRE_MM = np.array([0.0, -22.1, 9.5])
-MNI_STD_MM = np.array([33.5, 40.7, 31.5])
-
-CSF_SHARE = 0.4  # of the bright level (p98, white matter): on T1 CSF is at 0.1 to 0.3 and grey matter at 0.6 or more
+HYPO = (0.35, 0.65)  # on T1 0.65 takes white matter to grey matter, 0.35 to CSF
 # Percentiles of the local mean intensity between which blobs are put: not into ventricles (dark on T1, bright on T2),
 # where they would not show.
 BLOB_PERCENTILES = (20, 95)
 MIN_CHANGE = 0.1  # share of the 98th percentile by which a blob must change a voxel to be counted as lesion
 IRREGULARITY = 0.15  # standard deviation of the logarithm of a blob's radius over directions
 # Places tried for a `texture` or a `deformation`; the one that shows best is taken, since white matter swapped with or
-# moved within white matter would be a label without a lesion.
+# moved within white matter would be a label without a lesion. Masks tried until one lies in the tissue of a brain.
 DRAWS = 10
 
 
@@ -63,17 +58,18 @@ class InsertLesions(Transform):
     ball). Lesions of one volume do not overlap.
 
     Args:
-        kind: `blobs`, `atlas`, `texture` or `deformation`.
+        kind: `blobs`, `texture`, `deformation`, `chronic_stroke`, `acute_stroke` or `atlas`.
         seed: same seed, subject and image, same lesions. The global random state is neither used nor changed.
-        count: fewest and most lesions per volume, by default `COUNT` of the kind; `atlas` has those of its mask.
+        count: fewest and most lesions per volume, by default `COUNT` of the kind; a mask has those that are in it.
         radius_mm: smallest and largest radius, by default `RADIUS_MM` of the kind.
-        hypo: range of the factor by which a hypo-intense lesion multiplies tissue. On T1 0.65 takes white matter to
-            grey matter, 0.35 to CSF. One draw per blob, and one per `atlas` mask.
+        hypo: range of the factor by which a hypo-intense lesion multiplies tissue, by default `FACTORS` of the kind.
+            One draw per blob or mask.
         hyper: range of the factor by which a hyper-intense lesion multiplies tissue, as far as `hyper_limit` allows.
         hyper_limit: highest intensity to which a hyper-intense lesion raises tissue, as a multiple of each channel's
             98th percentile in the brain. At 1 a T1 lesion is no brighter than white matter: no threshold finds it.
         hyper_share: probability that a blob is hyper-intense.
-        border_mm: width over which a lesion fades in, half of it on each side of the mask's surface.
+        border_mm: width over which a lesion fades in, half of it on each side of the mask's surface, by default
+            `BORDER_MM` of the kind.
         displacement: range of the largest displacement in a `deformation`, as a share of its radius.
         mask_mm: displacement from which tissue counts as lesion; less than about a voxel cannot be seen.
         atlas_mask: NIfTI path of a lesion mask in MNI152 space, several (one is drawn), or an array (H, W, D).
@@ -91,11 +87,11 @@ class InsertLesions(Transform):
         *,
         count: tuple[int, int] | None = None,
         radius_mm: tuple[float, float] | None = None,
-        hypo: tuple[float, float] = (0.35, 0.65),
+        hypo: tuple[float, float] | None = None,
         hyper: tuple[float, float] = (1.3, 1.6),
         hyper_limit: float = 1.0,
         hyper_share: float = 0.5,
-        border_mm: float = 2.0,
+        border_mm: float | None = None,
         displacement: tuple[float, float] = (0.25, 0.3),
         mask_mm: float = 1.0,
         atlas_mask: StrPath | Array | Sequence[StrPath] | None = None,
@@ -104,14 +100,15 @@ class InsertLesions(Transform):
     ) -> None:
         if kind not in COUNT:
             raise ValueError(f"Unknown kind of lesion {kind!r}: choose one of {', '.join(COUNT)}.")
-        self.atlases = _list_atlases(atlas_mask, atlas_affine)
-        if kind == "atlas" and not self.atlases:
-            raise ValueError("Lesions of kind 'atlas' need `atlas_mask`, a lesion mask in MNI152 space.")
+        self.atlases = list_atlases(atlas_mask, atlas_affine)
+        if kind in MNI_KINDS and not self.atlases:
+            raise ValueError(f"Lesions of kind {kind!r} need `atlas_mask`, a lesion mask in MNI152 space.")
         if displacement[1] * np.pi >= 1:  # slope of `_deformation`'s profile
             raise ValueError(f"`displacement` must stay below 1 / pi, or tissue folds over; got {displacement}.")
         self.kind, self.seed = kind, seed
-        self.count, self.radius_mm = count or COUNT[kind], radius_mm or RADIUS_MM[kind]
-        self.hypo, self.hyper, self.hyper_share, self.border_mm = hypo, hyper, hyper_share, border_mm
+        self.count, self.radius_mm = count or COUNT[kind], radius_mm or RADIUS_MM.get(kind, (0.0, 0.0))
+        self.hypo, self.hyper, self.hyper_share = hypo or FACTORS.get(kind, HYPO), hyper, hyper_share
+        self.border_mm = BORDER_MM.get(kind, 2.0) if border_mm is None else border_mm
         self.hyper_limit = hyper_limit
         self.displacement, self.mask_mm, self.mni_to_subject = displacement, mask_mm, mni_to_subject
 
@@ -140,23 +137,19 @@ class InsertLesions(Transform):
         if not np.issubdtype(volume.dtype, np.floating):
             volume = volume.astype(np.float32)
         rng = RandomState([self.seed, crc32(subject.encode())])
-        insert = self._insert_atlas if self.kind == "atlas" else self._insert_balls
+        insert = self._insert_atlas if self.kind in MNI_KINDS else self._insert_balls
         mask = insert(volume, inside, _array(affine).astype(np.float64), rng)
         return _like(volume, image), _like(mask[None].astype(np.uint8), image)
 
     def _insert_atlas(self, volume: Array, brain: Array, affine: Array, rng: RandomState) -> Array:
-        atlas, atlas_affine = _load_atlas(self.atlases[rng.randint(len(self.atlases))])
         mni_to_subject = match_moments(brain, affine) if self.mni_to_subject is None else _array(self.mni_to_subject)
-        weight = _warp(atlas, np.linalg.inv(mni_to_subject @ atlas_affine) @ affine, brain.shape)
-        # The match is off by some mm, and in the ventricles (dark already) there would be a label but no lesion.
-        weight *= brain & (volume[0] > CSF_SHARE * np.percentile(volume[0][brain], 98))
-        mask: Array = weight >= 0.5
-        if not mask.any():
-            raise ValueError("The atlas lesions miss this brain: check `mni_to_subject` and the affines.")
-        away_mm = ndimage.distance_transform_edt(~mask, sampling=affine_to_spacing(affine))
-        weight[away_mm > self.border_mm] = 0  # specks too faint for the mask are not lesions either
-        volume *= 1 + weight * (rng.uniform(*self.hypo) - 1)
-        return mask
+        for _ in range(DRAWS):
+            atlas = self.atlases[rng.randint(len(self.atlases))]
+            weight, mask = mni_weight(atlas, volume, brain, affine, mni_to_subject, self.kind, self.border_mm)
+            if mask.any():
+                fill(volume, weight, brain, affine, self.kind, rng.uniform(*self.hypo), rng)
+                return mask
+        raise ValueError("The atlas lesions miss this brain: check `mni_to_subject` and the affines.")
 
     def _insert_balls(self, volume: Array, brain: Array, affine: Array, rng: RandomState) -> Array:
         """Insert `blobs`, `texture` or `deformation`, one lesion after the other."""
@@ -254,19 +247,6 @@ class InsertLesionsd(MapTransform):
         return d
 
 
-def match_moments(brain: Array, affine: Array) -> Array:
-    """Map MNI152 to a subject without registration: match the brain's centre and spread along each world axis.
-
-    brain: (H, W, D) bool; affine: (4, 4), voxel to world (mm, RAS). Returns (4, 4), world to world in mm.
-    A tilt of the head stays. Raises ValueError for a flat brain.
-    """
-    points = nib.affines.apply_affine(affine, np.argwhere(brain))
-    scale = points.std(axis=0) / MNI_STD_MM
-    if not scale.all():
-        raise ValueError("The brain mask is flat: matching it to MNI152 needs a brain with three dimensions.")
-    return nib.affines.from_matvec(np.diag(scale), points.mean(axis=0) - scale * MNI_CENTRE_MM)
-
-
 @dataclass
 class _Site:
     """A brain while lesions are put into it."""
@@ -332,30 +312,6 @@ def _irregular_depth(offset: Array, radius_mm: float, rng: RandomState) -> Array
     angles = np.einsum("ij,j...->i...", waves, point / np.maximum(distance, 1e-6)) + phases[:, None, None, None]
     noise = np.cos(angles).sum(axis=0) * np.sqrt(2 / len(waves))  # standard deviation 1
     return radius_mm * np.exp(IRREGULARITY * noise) - distance
-
-
-def _list_atlases(
-    atlas_mask: StrPath | Array | Sequence[StrPath] | None, affine: NdarrayOrTensor | None
-) -> list[Atlas]:
-    if isinstance(atlas_mask, np.ndarray):
-        if affine is None:
-            raise ValueError("An `atlas_mask` that is an array needs its `atlas_affine`.")
-        return [(atlas_mask > 0, _array(affine))]
-    return [atlas_mask] if isinstance(atlas_mask, (str, PathLike)) else list(atlas_mask or ())
-
-
-def _load_atlas(atlas: Atlas) -> tuple[Array, Array]:
-    if isinstance(atlas, tuple):
-        return atlas
-    file = nib.Nifti1Image.from_filename(atlas)
-    return np.asarray(file.dataobj) > 0, file.affine
-
-
-def _warp(atlas: Array, matrix: Array, shape: tuple[int, ...]) -> Array:
-    """Sample a binary mask at subject voxels; matrix (4, 4) maps those to voxels of the atlas. Returns [0, 1]."""
-    step = np.linalg.norm(matrix[:3, :3], axis=1)  # subject voxel in atlas voxels, per axis of the atlas
-    smooth = ndimage.gaussian_filter(atlas.astype(np.float32), 0.4 * step)  # or small lesions fall between voxels
-    return ndimage.affine_transform(smooth, matrix[:3, :3], matrix[:3, 3], output_shape=shape, order=1)
 
 
 def _array(data: NdarrayOrTensor) -> Array:

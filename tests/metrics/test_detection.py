@@ -173,6 +173,52 @@ def test_false_positives_are_counted_on_healthy_subjects_only():
     assert evaluate(subjects)["healthy_fp_share"]["value"] == pytest.approx((values > np.float32(0.2)).mean())
 
 
+def test_lesion_voxels_found_at_the_threshold_are_pooled():
+    subjects = cohort()
+    scores, labels = pooled(subjects)
+    found = (scores > np.float32(0.2))[labels].mean()
+    assert evaluate(subjects)["voxel_recall_at_threshold"]["value"] == pytest.approx(found)
+
+
+def test_each_site_has_its_own_false_alarms_and_recall():
+    """As if it had been measured alone; the worst brain of all is the worst of its site."""
+    sites = {"near": cohort(), "far": {f"far{i}": subject(20 + i, lesion=i < 2, scale=1.4) for i in range(5)}}
+    both = {name: s | {"site": site} for site, subjects in sites.items() for name, s in subjects.items()}
+    result = evaluate(both)
+    assert [site["site"] for site in result["sites"]] == ["far", "near"]
+    for site in result["sites"]:
+        subjects = sites[site["site"]]
+        alone = evaluate(subjects)
+        healthy = [s for s in subjects.values() if not s["lesion"].any()]
+        shares = [(s["anomaly_map"][s["foreground"]] > np.float32(0.2)).mean() for s in healthy]
+        assert (site["n_healthy"], site["n_lesion_subjects"]) == (3, len(subjects) - 3)
+        assert site["healthy_share"]["value"] == pytest.approx(np.mean(shares))
+        assert site["healthy_worst_share"] == {"value": pytest.approx(max(shares)), "ci95": [None, None]}
+        assert site["voxel_recall_at_threshold"]["value"] == alone["voxel_recall_at_threshold"]["value"]
+        low, high = site["healthy_share"]["ci95"]
+        assert min(shares) <= low < np.mean(shares) < high <= max(shares)
+    assert result["healthy_worst_share"]["value"] == max(s["healthy_worst_share"]["value"] for s in result["sites"])
+
+
+def test_whole_volumes_are_told_apart_by_their_largest_component_where_their_highest_values_are_the_same():
+    """Specks all over the brain and one lesion have the same voxels above the threshold."""
+    foreground = np.ones((20, 20, 6), dtype=bool)
+    lesion = np.zeros_like(foreground)
+    lesion[4:8, 4:9, 2:4] = True
+    subjects = {}
+    for index in range(3):
+        specks = np.zeros_like(foreground)
+        specks[index % 2 : 20 : 2, 0:20:5, 0:1] = True
+        assert specks.sum() == lesion.sum()
+        for name, mask, truth in (("healthy", specks, None), ("lesion", lesion, lesion)):
+            volume = {"anomaly_map": mask.astype(np.float32), "lesion": truth, "foreground": foreground}
+            subjects[f"{name}{index}"] = volume
+    result = evaluate(subjects, threshold=0.5)
+    assert result["volume_auroc"]["value"] == 0.5
+    assert result["volume_auroc_cluster"]["value"] == 1
+    assert evaluate(subjects, threshold=None)["volume_auroc_cluster"]["value"] is None
+
+
 def test_reconstruction_counts_in_the_foreground_outside_lesions_only():
     volumes = subject(0, shape=(40, 40, 6))
     rng = np.random.default_rng(0)
@@ -247,6 +293,8 @@ def test_without_a_threshold_only_what_needs_it_is_undefined():
     result = evaluate(cohort(), threshold=None)
     assert result["dice_at_threshold"]["value"] is None
     assert result["healthy_fp_share"]["value"] is None
+    assert result["healthy_worst_share"]["value"] is result["voxel_recall_at_threshold"]["value"] is None
+    assert result["sites"][0]["healthy_share"]["value"] is None
     assert result["auprc"]["value"] is not None
 
 

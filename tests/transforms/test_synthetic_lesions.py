@@ -14,12 +14,16 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 from scipy import ndimage
 
-from common.transforms.synthetic_lesions import MIN_CHANGE, InsertLesions, InsertLesionsd, match_moments
+from common.transforms.mni_lesions import KINDS as MNI_KINDS
+from common.transforms.mni_lesions import match_moments
+from common.transforms.synthetic_lesions import MIN_CHANGE, InsertLesions, InsertLesionsd
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "blobs": {"radius_mm": (5, 8)},
     "atlas": {},
+    "chronic_stroke": {},
+    "acute_stroke": {},
     "texture": {"radius_mm": (7, 9), "count": (1, 2)},
     "deformation": {"radius_mm": (12, 15), "count": (1, 1)},
 }
@@ -53,7 +57,7 @@ def make_atlas():
 
 
 def make_insert(kind, seed=0, **settings):
-    if kind == "atlas":
+    if kind in MNI_KINDS:
         settings["atlas_mask"], settings["atlas_affine"] = make_atlas()
     return InsertLesions(kind, seed, **SETTINGS[kind] | settings)
 
