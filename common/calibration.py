@@ -99,13 +99,13 @@ class Calibration(nn.Module):
         return {"kind": "calibrated", "false_positive_share": share, "subjects": subjects, **interval}
 
     def describe(self, anomaly_map: Tensor, brain: Tensor, threshold: float) -> dict[str, Any]:
-        """The volume as a whole, (1, H, W, D): its score, the percentile of that among the healthy (None until fitted),
-        and the share of the brain that is above the threshold."""
+        """The volume as a whole, (1, H, W, D): its score, the percentile of that among the healthy (None until fitted,
+        and of an empty map, which says nothing), and the share of the brain that is above the threshold."""
         score = volume_score(anomaly_map, brain)
         return {
             "threshold": threshold,
             "threshold_origin": self.origin(threshold),
             "volume_score": score,
-            "volume_score_percentile": self.percentile(score) if self.is_fitted else None,
+            "volume_score_percentile": self.percentile(score) if self.is_fitted and score > 0 else None,
             "abnormal_share": float((anomaly_map > threshold).sum()) / float(brain.sum()),
         }

@@ -11,7 +11,7 @@ from .networks.volume import VolumeDetector
 from .recorded import Recorded, describe, digest_of
 from .weights import weights_sha256
 
-OF_THE_IMAGE = ("strip",)  # how the brain is found in an image: not what a calibration depends on
+OF_THE_IMAGE = ("strip", "brain_volume_ml")  # how the brain is found in an image: no calibration depends on it
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import Tensor, nn
 
+from .data.itk_image import voxel_files
 from .errors import BundleError
 from .files import replacing
 
@@ -95,11 +96,14 @@ def sha256(path: str | Path) -> str:
 
 
 def digest(image: str | Path | Iterable[str | Path]) -> str:
-    """The digest of a file; of a folder (a DICOM series) or of several images that of their files' digests."""
+    """The digest of a file; of a folder (a DICOM series), of several images or of a header and the files of its voxels
+    that of their digests."""
     if not isinstance(image, (str, Path)):
         parts = [digest(path) for path in image]
     elif Path(image).is_dir():
         parts = [sha256(path) for path in sorted(Path(image).rglob("*")) if path.is_file()]
+    elif voxels := voxel_files(image):
+        parts = [sha256(path) for path in (image, *voxels)]
     else:
         return sha256(image)
     return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -20,14 +20,14 @@ from typer.testing import CliRunner
 
 from common.cli import app
 
-RADII_MM = np.array([45.0, 55.0, 40.0])
+RADII_MM = np.array([58.0, 70.0, 52.0])
 
 
 @dataclass(frozen=True)
 class Phantom:
-    """An ellipsoid of 90 x 110 x 80 mm, skull-stripped; brighter to the right, the front and the top, no mirror fits.
+    """An ellipsoid of 116 x 140 x 104 mm, 0.88 l, skull-stripped.
 
-    A bright ball lies at `lesion_mm`.
+    It is brighter to the right, the front and the top, so that no mirror fits. A bright ball lies at `lesion_mm`.
     """
 
     centre_mm: tuple[float, float, float] = (3.0, -10.0, 7.0)

@@ -11,7 +11,7 @@ from .bids import find_scans, is_bids
 from .cohort import read_cohort
 from .itk_image import ITK_SUFFIXES
 
-IMAGE_SUFFIXES = (".nii", ".nii.gz", *ITK_SUFFIXES)
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mgh", ".mgz", *ITK_SUFFIXES)
 
 
 def find_cases(

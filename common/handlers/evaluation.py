@@ -29,7 +29,7 @@ from ..recorded import Recorded
 from ..report.case import versions
 from ..transforms.check import voxel_volume_ml
 from ..transforms.load import load_lesion
-from ..transforms.postprocess import intensity_unit
+from ..transforms.postprocess import intensity_unit, intensity_zero
 from .inference import said
 from .run_time import RunTime
 
@@ -42,7 +42,8 @@ class LabelledCase:
 
     subject: str
     image: Tensor  # in [0, 1], 0 outside the foreground
-    unit: Tensor  # (C, 1, 1, 1) or (C, H, W, D), the intensity that 1 stands for
+    unit: Tensor  # (C, 1, 1, 1) or (C, H, W, D), the intensity that 1 stands for, from `zero`
+    zero: Tensor  # (C, 1, 1, 1), the intensity that 0 stands for
     brain: Tensor  # (1, H, W, D) bool
     lesion: Tensor | None  # (H, W, D) bool
     voxel_ml: float
@@ -52,11 +53,12 @@ class LabelledCase:
 def labelled_case(batch: Mapping[str, Any]) -> LabelledCase:
     """From what the preprocessing makes of an item of a cohort. Raises UADError where the lesion mask does not fit."""
     unit = _ras(MetaTensor(intensity_unit(batch), affine=batch["brain"].affine))
-    brain = _ras(batch["brain"]) > 0
+    brain, zero = _ras(batch["brain"]) > 0, intensity_zero(batch)
     return LabelledCase(
         subject=str(batch["subject"]),
-        image=(_ras(batch["input"]) / unit).clamp(0, 1) * brain,
+        image=((_ras(batch["input"]) - zero) / unit).clamp(0, 1) * brain,
         unit=unit,
+        zero=zero,
         brain=brain,
         lesion=_ras(load_lesion(batch["lesion"], batch["brain"]))[0] > 0 if batch.get("lesion") else None,
         voxel_ml=voxel_volume_ml(batch["brain"]),
@@ -144,7 +146,8 @@ class Evaluate:
         for batch, output in cases(engine):
             case = labelled_case(batch)
             self.threshold = output["threshold"]
-            anomaly_map, reconstruction = _ras(output["anomaly_map"])[0], _ras(output["reconstruction"]) / case.unit
+            anomaly_map = _ras(output["anomaly_map"])[0]
+            reconstruction = (_ras(output["reconstruction"]) - case.zero * case.brain) / case.unit
             self.metrics.update(
                 case.subject,
                 anomaly_map,

@@ -34,13 +34,13 @@ def save_preview(case: Case, threshold: float, path: Path) -> None:
         volume[box] for volume in (image, brain, anomaly_map, reconstruction, mask)
     )
     chosen = choose_slices(np.where(brain > 0, anomaly_map, 0), brain > 0)
-    top = float(np.percentile(image[brain > 0], 99.5))
+    low, top = np.percentile(image[brain > 0], (0.5, 99.5))
     figure = Figure(figsize=(2 * len(chosen), 8.6), facecolor="black", layout="constrained")
     axes = figure.subplots(4, len(chosen), squeeze=False)
     for column, index in enumerate(chosen):
         for row, picture in enumerate((image, reconstruction, image, image)):
             axis = axes[row, column]
-            axis.imshow(picture[index], cmap="gray", vmin=0, vmax=top, aspect=spacing[1] / spacing[0])
+            axis.imshow(picture[index], cmap="gray", vmin=min(low, 0.0), vmax=top, aspect=spacing[1] / spacing[0])
             axis.set_axis_off()
         heat = anomaly_map[index]
         alpha = np.clip((heat - threshold / 2) / threshold, 0, 1)

@@ -58,6 +58,29 @@ class ScaleIntensityByForegroundd(MapTransform):
         return result
 
 
+class SubtractZerod(MapTransform):
+    """Shift grey values from which a mean was taken away, so that no signal is 0; others stay as they are, bit for bit.
+
+    Args:
+        keys: one image (C, H, W, D).
+        foreground_key: its foreground (1, H, W, D) bool; the background stays 0.
+        zero_key: where the item says what no signal is, (C,), if it is not 0, see `BrainMaskd`.
+    """
+
+    def __init__(self, keys: KeysCollection, foreground_key: str, zero_key: str = "intensity_zero") -> None:
+        super().__init__(keys)
+        self.foreground_key = foreground_key
+        self.zero_key = zero_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the shifted image."""
+        if self.zero_key not in data:
+            return dict(data)
+        image, foreground = data[self.keys[0]], data[self.foreground_key].as_tensor()
+        zero = data[self.zero_key].view(-1, 1, 1, 1).to(image.device)
+        return dict(data) | {self.keys[0]: (image - zero) * foreground.to(image.device)}
+
+
 class CorrectBiasFieldd(MapTransform):
     """Divide an image by its bias field (N4, Tustison et al. 2010, by SimpleITK), which is kept as another image.
 

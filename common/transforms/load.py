@@ -6,17 +6,19 @@ import gzip
 import zlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor, NibabelReader
-from monai.transforms import EnsureChannelFirst, MapTransform
-from monai.utils import ensure_tuple
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from monai.utils import SpaceKeys, ensure_tuple
 from nibabel.filebasedimages import ImageFileError as NibabelImageFileError
+from nibabel.freesurfer.mghformat import MGHError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
+from nibabel.wrapstruct import WrapStructError
 
 from ..data.dicom import choose_series, read_series
 from ..data.itk_image import ITK_SUFFIXES, MAX_VOXELS, read_itk
@@ -25,9 +27,13 @@ from ..weights import digest
 from .check import check_geometry, check_intensity, check_shape, same_grid
 from .registration import align_to
 
+SIZE_ERROR = 0.05  # of a voxel's size in the sform to that in `pixdim`: rounding, resampling by a fraction of a voxel
+TEMPLATE_SCALE = 0.6  # the same where the sform brings a person's brain to a template, which is larger
+QUATERNION_ERROR = 1e-3  # of its length: what float32, or a few decimals of text, leave
+
 
 class LoadImageCheckedd(MapTransform):
-    """Load NIfTI, NRRD, MetaImage files and folders of a DICOM series; what fails is a `UADError`.
+    """Load NIfTI, MGH, NRRD, MetaImage files and folders of a DICOM series; what fails is a `UADError`.
 
     A list of paths, one a modality, becomes one image with a channel each; those on another grid than the first are
     registered to it rigidly. The name keeps "LoadImage": MONAI Deploy, which brings images from memory, drops
@@ -57,7 +63,7 @@ def load_image(path: str | Path, series: str | None = None) -> MetaTensor:
     """(C, H, W, D) float32 with its affine (RAS, mm); C is above 1 where a file holds several volumes.
 
     Args:
-        path: a NIfTI, NRRD or MetaImage file, the folder of a DICOM series, or a multi-frame DICOM file (`.dcm`).
+        path: a NIfTI, MGH, NRRD or MetaImage file, the folder of a DICOM series, or a multi-frame DICOM file (`.dcm`).
         series: which series of the folder, by UID or description.
     Raises UADError.
     """
@@ -74,42 +80,53 @@ def load_image(path: str | Path, series: str | None = None) -> MetaTensor:
 
 
 def read_nifti(path: Path) -> MetaTensor:
-    """(C, H, W, D) float32 with the affine that the header says. Raises UADError."""
+    """(C, H, W, D) float32 of a NIfTI or MGH file with the affine that the header says. Raises UADError."""
     try:
-        affine = read_affine(path)
-        reader = NibabelReader()  # MONAI's LoadImage would make all readers that it has, with their warnings
-        values, meta = reader.get_data(reader.read(path))
+        image = open_image(path)
+        values = np.asanyarray(image.dataobj).astype(np.float32)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ImageFileError(path, "the compressed file is truncated or damaged", "copy it again") from error
-    except (NibabelImageFileError, HeaderDataError) as error:
+    except (NibabelImageFileError, HeaderDataError, WrapStructError, MGHError) as error:
         raise ImageFileError(path, f"not a NIfTI image ({error})", "convert it to NIfTI") from error
-    except (RuntimeError, ValueError) as error:
-        cause = str(error).splitlines()[0]
-        raise ImageFileError(path, f"cannot be read ({cause})", "check the file and its permissions") from error
-    image = MetaTensor(torch.from_numpy(values.astype(np.float32)), meta=meta)
-    image = cast(MetaTensor, EnsureChannelFirst()(image))
-    # MONAI exchanges an affine that disagrees with the header's voxel sizes, a singular one too
-    image.affine = torch.as_tensor(affine)
-    image.meta["filename_or_obj"] = str(path)
-    return image
+    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ImageFileError(path, f"cannot be read ({cause})", "check how the file was written") from error
+    channels = np.moveaxis(values, -1, 0) if values.ndim > 3 else values[None]
+    meta = {"filename_or_obj": str(path), "space": SpaceKeys.RAS}
+    affine = torch.as_tensor(np.asarray(image.affine, dtype=float))
+    return MetaTensor(torch.from_numpy(np.ascontiguousarray(channels)), affine=affine, meta=meta)
 
 
 def read_affine(path: Path) -> np.ndarray:
-    """Voxel to world (RAS, mm), (4, 4), as the header of a file says, which is checked before the voxels are read.
+    """Voxel to world (RAS, mm), (4, 4), of a file that `open_image` opens. Raises what that raises."""
+    return np.asarray(open_image(path).affine, dtype=float)
 
-    Raises UADError, and what nibabel raises.
+
+def open_image(path: Path) -> SpatialImage:
+    """A NIfTI or MGH file whose header is checked before its voxels are read. Raises UADError, and what nibabel raises.
+
+    Other formats that nibabel reads do not say where left and right are, or say it in ways that are not checked here.
     """
     size = uncompressed_size(path)
     image = nib.load(path)
-    if not isinstance(image, SpatialImage):
-        raise ImageFileError(path, "not an image of voxels", "convert it to NIfTI")
+    if not isinstance(image, (nib.Nifti1Pair, nib.MGHImage)):
+        if isinstance(image, nib.AnalyzeImage):
+            fact = "an Analyze image, which does not say where left and right are"
+            raise ImageGeometryError(path, fact, "convert it to NIfTI from the scanner's own files")
+        raise ImageFileError(path, f"a {type(image).__name__}, not NIfTI or MGH", "convert it to NIfTI")
     dtype = image.get_data_dtype()
     if dtype.fields is not None or dtype.kind == "c":
         raise ImageIntensityError(path, "colour or complex voxels", "convert it to one real number per voxel")
-    check_size(path, image.shape, dtype.itemsize, size)
+    voxels = Path(image.file_map["image"].filename or path)  # another file where header and voxels are apart
+    if not voxels.exists():
+        raise ImageFileError(path, f"the file of its voxels, {voxels.name}, is not there", "copy both files")
+    check_size(path, image.shape, dtype.itemsize, size if voxels == path else uncompressed_size(voxels))
     if isinstance(image, nib.Nifti1Pair):
         check_placement(path, image.header)
-    return np.asarray(image.affine, dtype=float)
+    elif not has_placement(path):
+        fact = "its header does not say where left and right are (goodRASflag is 0)"
+        raise ImageGeometryError(path, fact, "write it again with the orientation of the scan")
+    return image
 
 
 def uncompressed_size(path: Path) -> int:
@@ -117,13 +134,16 @@ def uncompressed_size(path: Path) -> int:
 
     Raises ImageFileError where the name, which nibabel believes, does not say whether the file is compressed.
     """
+    suffix = path.suffix.lower()
     with path.open("rb") as file:
         compressed = file.read(2) == b"\x1f\x8b"
         size = path.stat().st_size
-        if path.suffix == ".gz" and not compressed and size:
-            raise ImageFileError(path, "named .gz but not compressed", "rename it to .nii if it is a NIfTI image")
-        if path.suffix == ".nii" and compressed:
-            raise ImageFileError(path, "compressed but not named .gz", "rename it to .nii.gz")
+        if suffix in (".gz", ".mgz") and not compressed and size:
+            plain = ".mgh if it is an MGH image" if suffix == ".mgz" else ".nii if it is a NIfTI image"
+            raise ImageFileError(path, f"named {suffix} but not compressed", f"rename it to {plain}")
+        if suffix in (".nii", ".mgh", ".hdr", ".img") and compressed:
+            named, right = (".mgz", ".mgz") if suffix == ".mgh" else (".gz", f"{suffix}.gz")
+            raise ImageFileError(path, f"compressed but not named {named}", f"rename it to {right}")
         if compressed:
             with gzip.open(path) as content:
                 size = sum(len(chunk) for chunk in iter(lambda: content.read(2**20), b""))
@@ -135,31 +155,69 @@ def check_size(path: Path, shape: tuple[int, ...], itemsize: int, size: int) -> 
     voxels = int(np.prod(shape, dtype=object))
     if voxels > MAX_VOXELS:
         raise ImageShapeError(path, f"the header says {voxels} voxels, more than a scan has", "check the header")
-    if path.suffix in (".gz", ".nii") and voxels * itemsize > size:
+    if voxels * itemsize > size:
         raise ImageFileError(path, f"truncated: too small for the {voxels} voxels of its header", "copy it again")
 
 
+def has_placement(path: Path) -> bool:
+    """Whether an MGH header says where its voxels are: nibabel invents a place for those that do not."""
+    with nib.openers.ImageOpener(str(path)) as file:
+        return bool(file.read(30)[28:] == b"\x00\x01")
+
+
 def check_placement(path: Path, header: nib.Nifti1Header) -> None:
-    """Sform or qform is set, and where both place the same space they agree within a voxel. Raises ImageGeometryError.
+    """Sform or qform is set, the voxels are as large as `pixdim` says, and where both place the same space they agree
+    within a voxel. Raises ImageGeometryError.
 
     A qform of the scanner beside an sform of a template (codes 3 and 4) may differ, unless one mirrors the other.
     """
     sform, sform_code = header.get_sform(coded=True)
-    qform, qform_code = header.get_qform(coded=True)
+    qform, qform_code = read_qform(path, header)
     if not sform_code and not qform_code:
         fact = "neither sform nor qform is set, so left and right are unknown"
         raise ImageGeometryError(path, fact, "set one of them in the header")
-    if not sform_code or not qform_code or not (np.isfinite(sform).all() and np.isfinite(qform).all()):
+    template = max(sform_code, qform_code) > 2
+    if sform is not None and np.isfinite(sform).all():
+        check_sizes(path, sform, header, TEMPLATE_SCALE if template else SIZE_ERROR)
+    if sform is None or qform is None or not (np.isfinite(sform).all() and np.isfinite(qform).all()):
         return
     mirrored = np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0
     corners = np.stack(np.meshgrid(*[(0, size - 1) for size in header.get_data_shape()[:3]]), axis=-1).reshape(-1, 3)
     if corners.shape[1] != 3:
         return  # not a volume, which is said of its shape
     apart = np.abs(nib.affines.apply_affine(sform, corners) - nib.affines.apply_affine(qform, corners)).max()
-    template = max(sform_code, qform_code) > 2
     if mirrored or (not template and apart > max(header.get_zooms()[:3])):
         fact = f"sform and qform contradict each other by {apart:.3g} mm"
         raise ImageGeometryError(path, fact, "copy the right one over the other")
+
+
+def read_qform(path: Path, header: nib.Nifti1Header) -> tuple[np.ndarray | None, int]:
+    """The qform and its code; its quaternion, of which rounding may have made more than 1, brought back to 1.
+
+    Raises ImageGeometryError where it is no rotation.
+    """
+    try:
+        return header.get_qform(coded=True)
+    except ValueError as error:
+        parts = [f"quatern_{name}" for name in "bcd"]
+        length = float(np.linalg.norm([float(header[part]) for part in parts]))
+        if not length < 1 + QUATERNION_ERROR:
+            fact = f"the qform is no rotation (its quaternion is {length:.4g} long, not 1)"
+            raise ImageGeometryError(path, fact, "repair it, or set qform_code to 0 if the sform is right") from error
+        rounded = header.copy()
+        for part in parts:
+            rounded[part] = header[part] / length
+        return rounded.get_qform(coded=True)
+
+
+def check_sizes(path: Path, sform: np.ndarray, header: nib.Nifti1Header, tolerance: float) -> None:
+    """The columns of an sform are as long as `pixdim` says, where that says anything. Raises ImageGeometryError."""
+    columns, sizes = np.linalg.norm(sform[:3, :3], axis=0)[: len(header.get_zooms())], np.array(header.get_zooms()[:3])
+    known = np.isfinite(sizes) & (sizes > 0) & (columns > 0)
+    if (np.abs(np.log(columns[known] / sizes[known])) > np.log(1 + tolerance)).any():
+        here, there = (" x ".join(f"{size:.4g}" for size in values) for values in (columns, sizes))
+        fact = f"voxels of {here} mm in its sform, of {there} mm in its pixdim"
+        raise ImageGeometryError(path, fact, "set both to the size that the scan had")
 
 
 def stack(images: list[MetaTensor]) -> MetaTensor:

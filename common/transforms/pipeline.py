@@ -15,9 +15,9 @@ from monai.transforms import (
 )
 
 from ..recorded import Recorded
-from .brain import BrainMaskd
+from .brain import BRAIN_VOLUME_ML, BrainMaskd
 from .check import CheckVolumed
-from .intensity import CorrectBiasFieldd, ScaleIntensityByForegroundd
+from .intensity import CorrectBiasFieldd, ScaleIntensityByForegroundd, SubtractZerod
 from .load import LoadImageCheckedd
 from .registration import RegisterToMNId
 from .resample import ResampleForegroundd
@@ -25,7 +25,7 @@ from .tissue import StandardiseTissued
 
 
 class BrainPreprocessing(Recorded, Compose):
-    """Load, check, find the brain, RAS, spacing (or MNI152), crop to the brain, scale, pad.
+    """Load, check, find the brain, zero, RAS, spacing (or MNI152), crop to the brain, scale, pad.
 
     In: `image`, a file or an image in memory, and `brain`, its mask, if there is one. Out: `image` (C, H, W, D)
     float32, brain in (0, 1], else exactly 0; and, on the input's own grid, `input` as it was loaded and `brain`
@@ -39,6 +39,7 @@ class BrainPreprocessing(Recorded, Compose):
         channels: modalities.
         register: bring the brain to MNI152, on whose grid the network then works; adds `to_mni`, (4, 4) RAS mm.
         strip: what to do with a skull, see `BrainMaskd`.
+        brain_volume_ml: lowest and highest volume of a brain, see `BrainMaskd`; the default is of adults.
         bias_correction: divide by the bias field, which is kept as `bias_field`, see `CorrectBiasFieldd`.
         tissue_modes: of CSF, grey and white matter, to which a T1 brain is brought, see `StandardiseTissued`; those
             that it had are added as `tissue_modes`.
@@ -54,6 +55,7 @@ class BrainPreprocessing(Recorded, Compose):
         register: bool = False,
         strip: str | None = None,
         bias_correction: bool = False,
+        brain_volume_ml: Sequence[float] = BRAIN_VOLUME_ML,
         tissue_modes: Sequence[float] | None = None,
     ) -> None:
         image, both = "image", ("image", "foreground")
@@ -64,8 +66,9 @@ class BrainPreprocessing(Recorded, Compose):
                 LoadImageCheckedd("brain", allow_missing_keys=True),
                 EnsureTyped(image),
                 CheckVolumed(image, channels),
-                BrainMaskd(image, "brain", strip),
+                BrainMaskd(image, "brain", strip, brain_volume_ml),
                 CopyItemsd(("image", "brain"), names=("input", "foreground")),
+                SubtractZerod(image, "foreground"),
                 Orientationd(both, axcodes="RAS", labels=None),
                 RegisterToMNId(image, "foreground", spacing_mm) if register else native,
                 CropForegroundd(both, source_key="foreground", allow_smaller=True),

@@ -95,9 +95,9 @@ class SplitPredictiond(MapTransform):
     """Split `pred` (1 + C, H, W, D) into `anomaly_map` and `reconstruction`, 0 outside the brain.
 
     The reconstruction returns to the image's own contrast (`meta["tissue_knots"]`) and units
-    (`meta["intensity_unit"]`), with the bias field of the image where one was taken away (`bias_field`), and at the rim
-    it is divided by how much of the brain its interpolation saw, as in `ResampleForegroundd`; the map stays as it is.
-    `pred` becomes the map.
+    (`meta["intensity_unit"]`, `intensity_zero`), with the bias field of the image where one was taken away
+    (`bias_field`), and at the rim it is divided by how much of the brain its interpolation saw, as in
+    `ResampleForegroundd`; the map stays as it is. `pred` becomes the map.
 
     Args:
         keys: the prediction, already inverted to the input's grid.
@@ -120,11 +120,11 @@ class SplitPredictiond(MapTransform):
         share = self.resample(foreground, **_input_grid(image, mask))
         share = convert_to_tensor(share, track_meta=False).to(values).clamp(min=0.01)
         unit = intensity_unit(result, self.image_key, self.mask_key).to(values)
+        zero = intensity_zero(result).to(values) * mask.as_tensor().bool().to(pred.device)
         reconstruction = values[1:] / share
         if "tissue_knots" in image.meta:
-            knots = np.reshape(image.meta["tissue_knots"], (2, -1))
-            reconstruction = destandardised(reconstruction, knots)
-        reconstruction = reconstruction * unit
+            reconstruction = destandardised(reconstruction, np.reshape(image.meta["tissue_knots"], (2, -1)))
+        reconstruction = reconstruction * unit + zero
         result["anomaly_map"] = MetaTensor(values[:1].clamp(min=0), affine=mask.affine)
         result["reconstruction"] = MetaTensor(reconstruction, affine=mask.affine)
         result[self.keys[0]] = result["anomaly_map"]
@@ -143,6 +143,11 @@ def intensity_unit(data: Mapping[Any, Any], image_key: str = "image", mask_key: 
     resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=None)
     field = resample(data["bias_field"], **_input_grid(image, mask))
     return unit * convert_to_tensor(field, track_meta=False).cpu()
+
+
+def intensity_zero(data: Mapping[Any, Any]) -> Tensor:
+    """The intensity on the input's grid that 0 in the prepared image stands for, (C, 1, 1, 1) or (1, 1, 1, 1)."""
+    return torch.as_tensor(data.get("intensity_zero", 0.0), dtype=torch.float32).reshape(-1, 1, 1, 1)
 
 
 def _input_grid(image: MetaTensor, mask: MetaTensor) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import SimpleITK as sitk  # noqa: N813 - everyone's name for it
 from monai.transforms import LoadImage
 from scipy.spatial.transform import Rotation
 
-from common.data.itk_image import ITK_SUFFIXES, read_itk
+from common.data.itk_image import ITK_SUFFIXES, read_itk, voxel_files
 from common.errors import ImageFileError, ImageGeometryError, ImageIntensityError, ImageShapeError
 
 
@@ -54,6 +54,37 @@ def test_complex_voxels_are_refused(tmp_path):
         read_itk(path)
 
 
+def test_voxels_placed_nowhere_are_refused(tmp_path):
+    """ITK would give them 1 mm and its own axes."""
+    text = "ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\n{}ElementType = MET_UCHAR\nElementDataFile = scan.raw\n"
+    (tmp_path / "scan.raw").write_bytes(bytes(range(64)))
+    place, size = "TransformMatrix = 1 0 0 0 1 0 0 0 1\n", "ElementSpacing = 2 2 2\n"
+    for given, fact in (("", "transformmatrix"), (place, "elementspacing"), (size, "transformmatrix")):
+        (tmp_path / "scan.mhd").write_text(text.format(given), encoding="utf-8")
+        with pytest.raises(ImageGeometryError, match=fact):
+            read_itk(tmp_path / "scan.mhd")
+    (tmp_path / "scan.mhd").write_text(text.format(place + size), encoding="utf-8")
+    assert read_itk(tmp_path / "scan.mhd").shape == (1, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "names"),
+    [
+        ("a.mhd", "NDims = 3\nElementDataFile = a.raw\n", ["a.raw"]),
+        ("a.mha", "NDims = 3\nElementDataFile = LOCAL\nElementDataFile = b\n", []),
+        ("a.mhd", "ElementDataFile = LIST\ns1.raw\ns2.raw\n", ["s1.raw", "s2.raw"]),
+        ("a.mhd", "ElementDataFile = s%02d.raw 1 5 2\n", ["s01.raw", "s03.raw", "s05.raw"]),
+        ("a.nhdr", "NRRD0004\ndimension: 3\ndata file: sub/a.raw\nkey:=a: b\n", ["sub/a.raw"]),
+        ("a.nhdr", "NRRD0004\ndata file: LIST 2\ns1.raw\ns2.raw\n", ["s1.raw", "s2.raw"]),
+        ("a.nrrd", "NRRD0004\ndimension: 3\n\ndata file: a.raw\n", []),
+        ("a.nii.gz", "", []),
+    ],
+)
+def test_where_the_voxels_are(name, text, names, tmp_path):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert voxel_files(tmp_path / name) == [tmp_path / file for file in names]
+
+
 @pytest.mark.parametrize("suffix", ITK_SUFFIXES)
 def test_what_is_no_file_of_its_kind_is_refused(suffix, save_nifti, tmp_path):
     path = tmp_path / f"scan{suffix}"
@@ -90,6 +121,16 @@ def test_unnamed_space_is_refused(tmp_path):
     header = "NRRD0004\ntype: float\ndimension: 3\nsizes: 4 4 4\nendian: little\nencoding: raw\nspacings: 1 1 1\n\n"
     path.write_bytes(header.encode() + np.ones(64, "<f4").tobytes())
     with pytest.raises(ImageGeometryError, match="left and right are unknown"):
+        read_itk(path)
+
+
+@pytest.mark.parametrize("space", ["scanner-xyz", "3D-right-handed"])
+def test_space_that_is_not_the_patients_is_refused(space, tmp_path):
+    path = tmp_path / "scan.nrrd"
+    header = "NRRD0004\ntype: float\ndimension: 3\nsizes: 4 4 4\nendian: little\nencoding: raw\n"
+    header += f"space: {space}\nspace directions: (2,0,0) (0,3,0) (0,0,4)\nspace origin: (5,6,7)\n\n"
+    path.write_bytes(header.encode() + np.ones(64, "<f4").tobytes())
+    with pytest.raises(ImageGeometryError, match=space):
         read_itk(path)
 
 
