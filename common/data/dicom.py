@@ -86,7 +86,8 @@ def find_series(folder: str | Path) -> list[Series]:
     """
     folder = Path(folder)
     paths = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if _is_file(path))
-    groups, unread = defaultdict(list), defaultdict(list)
+    groups: dict[str, list[tuple[Path, Any]]] = defaultdict(list)
+    unread: dict[Path, list[int]] = defaultdict(list)
     for count, path in enumerate(paths, 1):
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*TAGS, *FUNCTIONAL_GROUPS])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..engines import cases
 from ..errors import DicomError, OutputError
 from ..networks.volume import VolumeDetector
 from ..report.case import Case, record_path, write_case
+from ..report.dicom import OBJECTS
 from ..transforms.check import source_name
 from ..transforms.pipeline import BrainPreprocessing
 from ..weights import digest, load_into, sha256
@@ -101,7 +103,10 @@ class SaveDetections:
         }
 
     def is_finished(self, item: Mapping[str, Any]) -> bool:
-        """Whether the case of an item of a datalist has been written. Raises OutputError where it is another case."""
+        """Whether the case of an item of a datalist has been written, with the DICOM objects if they are wanted.
+
+        Raises OutputError where it is another case.
+        """
         path = record_path(*self._place(item))
         if not path.is_file():
             return False
@@ -114,7 +119,7 @@ class SaveDetections:
         if others := [key for key, value in identity.items() if record.get(key) != value]:
             fact = f"holds a result with another {', '.join(others)}"
             raise OutputError(path.parent, fact, "choose another output folder, or --overwrite")
-        return True
+        return not self.dicom or all((path.parent / name).is_file() for name in OBJECTS)
 
     def _place(self, item: Mapping[str, Any]) -> tuple[Path, str | None]:
         if derivative := item.get("derivative"):
@@ -123,7 +128,7 @@ class SaveDetections:
         return self.output_dir / str(item["subject"]), None
 
     def __call__(self, engine: Engine) -> None:
-        """Write the cases of the batch."""
+        """Write the cases of the batch. Raises OutputError, and after the rest DicomError for DICOM objects."""
         for batch, output in cases(engine):
             case = Case(
                 subject=str(batch["subject"]),
@@ -133,7 +138,7 @@ class SaveDetections:
                 reconstruction=output["reconstruction"],
                 segmentation=output["segmentation"],
                 to_mni=np.asarray(batch["to_mni"]) if "to_mni" in batch else None,
-                series=source_series(batch["input"]) if self.dicom else None,
+                find_series=partial(source_series, batch["input"]) if self.dicom else None,
             )
             inputs = {key: batch[f"{key}_sha256"] for key in INPUTS if f"{key}_sha256" in batch}
             run = {
@@ -145,12 +150,14 @@ class SaveDetections:
             }
             folder, entities = self._place(batch)
             try:
-                write_case(folder, entities, case, output["threshold"], self.network.calibration, run)
+                failure = write_case(folder, entities, case, output["threshold"], self.network.calibration, run)
                 if entities is not None:
                     write_description(self.output_dir, self.bundle)
             except OSError as error:
                 fact = f"cannot be written ({error.strerror or error})"
                 raise OutputError(folder, fact, "choose another output folder, or make room in it") from error
+            if failure is not None:
+                raise failure  # what was asked for is not all there
 
 
 def source_series(image: MetaTensor) -> Series:
