@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from .. import __version__
 from ..errors import CohortError
 from ..files import replacing
 
+ENTITY = re.compile("[a-zA-Z]+-[a-zA-Z0-9+]+")
 # suffix of each modality, and whether its file names tell of a contrast agent (entity `ce`)
 MODALITIES = {"T1": ("T1w", False), "T1CE": ("T1w", True), "T2": ("T2w", False), "FLAIR": ("FLAIR", False)}
 
@@ -24,7 +26,9 @@ def find_scans(root: Path, modalities: Sequence[str], participants: Sequence[str
 
     `derivative` is where the results of an item belong in a derivative dataset, a path to be continued with
     `_desc-....`. A session without one of several modalities is an item whose image will not be found.
-    Raises CohortError where a participant or all scans are missing, or a session has two scans of a modality.
+    Of complex images only the magnitude is a scan: entity `part` is `mag` or not there.
+    Raises CohortError where a participant or all scans are missing, a session has two scans of a modality, two scans
+    differ in their description (entity `desc`) alone, or a file's name is no BIDS name of its folder.
     """
     labels = {label.removeprefix("sub-") for label in participants}
     found = {folder.name.removeprefix("sub-"): folder for folder in sorted(root.glob("sub-*")) if folder.is_dir()}
@@ -37,24 +41,56 @@ def find_scans(root: Path, modalities: Sequence[str], participants: Sequence[str
     return items
 
 
+def parse_entities(path: Path, root: Path) -> dict[str, str]:
+    """`{"sub": "01", "run": "2"}` of `sub-01_run-2_T1w.nii.gz`, in the order of the name.
+
+    Raises CohortError where a part of the name is not `key-value`, a key is there twice, or subject and session are not
+    those of the folders.
+    """
+    parts = path.name.split(".")[0].split("_")[:-1]
+    entities = dict(part.split("-") for part in parts if ENTITY.fullmatch(part))
+    folders = path.relative_to(root).parts[:-2]
+    if len(entities) < len(parts) or parts[: len(folders)] != list(folders) or ("ses" in entities) != len(folders) - 1:
+        fact = f"the name is not {'_'.join(folders)}, entities as key-value once each, and a suffix"
+        raise CohortError(path, fact, "rename it as BIDS wants")
+    return entities
+
+
 def _items(root: Path, subject: Path, modalities: Sequence[str]) -> Iterator[dict[str, object]]:
     for anat in sorted([*subject.glob("anat"), *subject.glob("ses-*/anat")]):
-        scans = {modality: _scans(anat, modality) for modality in modalities}
+        scans = {modality: _scans(root, anat, modality) for modality in modalities}
         prefix = "_".join(anat.relative_to(root).parts[:-1])
         if len(modalities) == 1:
-            for path in scans[modalities[0]]:
-                yield _item(root, anat, path.name.split(".")[0].rpartition("_")[0], str(path))
+            yield from _items_of_one(root, anat, scans[modalities[0]])
         elif any(scans.values()):
             if twice := [modality for modality, paths in scans.items() if len(paths) > 1]:
                 raise CohortError(anat, f"several scans of {', '.join(twice)}", "choose them in a cohort CSV")
-            paths = [scans[m][0] if scans[m] else anat / f"{prefix}_{MODALITIES[m][0]}.nii.gz" for m in modalities]
+            paths = [next(iter(scans[m]), anat / f"{prefix}_{MODALITIES[m][0]}.nii.gz") for m in modalities]
             yield _item(root, anat, prefix, [str(path) for path in paths])
 
 
-def _scans(anat: Path, modality: str) -> list[Path]:
+def _items_of_one(root: Path, anat: Path, scans: dict[Path, dict[str, str]]) -> Iterator[dict[str, object]]:
+    """An item a scan; `desc` is left out of their names, since that of the results takes its place."""
+    taken: dict[str, Path] = {}
+    for path, entities in scans.items():
+        name = "_".join(f"{key}-{value}" for key, value in entities.items() if key != "desc")
+        if name in taken:
+            fact = f"{path.name} and {taken[name].name} would give results of one name"
+            raise CohortError(anat, fact, "choose one in a cohort CSV")
+        taken[name] = path
+        yield _item(root, anat, name, str(path))
+
+
+def _scans(root: Path, anat: Path, modality: str) -> dict[Path, dict[str, str]]:
+    """The scans of a modality in a folder, by name, with their entities."""
     suffix, contrast = MODALITIES.get(modality, (modality, False))
-    paths = sorted(path for path in anat.glob(f"*_{suffix}.nii*") if not path.name.startswith("."))
-    return [path for path in paths if ("_ce-" in path.name) is contrast]
+    paths = sorted([*anat.glob(f"*_{suffix}.nii"), *anat.glob(f"*_{suffix}.nii.gz")])
+    scans = {path: parse_entities(path, root) for path in paths if not path.name.startswith(".")}
+    return {
+        path: entities
+        for path, entities in scans.items()
+        if ("ce" in entities) is contrast and entities.get("part", "mag") == "mag"
+    }
 
 
 def _item(root: Path, anat: Path, entities: str, image: str | list[str]) -> dict[str, object]:

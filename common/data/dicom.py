@@ -5,9 +5,12 @@ Messages name a series by its number, description and UID and an image by its In
 
 from __future__ import annotations
 
+import mimetypes
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from monai.data import MetaTensor
 from monai.utils import optional_import
 
 from ..errors import DicomError
+from .dicom_frames import FUNCTIONAL_GROUPS, split_frames
 from .dicom_geometry import EXPORT_WHOLE, GEOMETRY, VOLUME_TAGS, check_slices, instance, integer, lps_affine, place
 from .itk_image import to_tensor
 
@@ -29,13 +33,21 @@ TAGS = [
     *("NumberOfFrames", "FrameOfReferenceUID", "PhotometricInterpretation", *GEOMETRY, *VOLUME_TAGS),
 ]
 GIVE_IMAGES = "give the folder of the image series"
+CONVERT = "convert it to NIfTI with dcm2niix, and give one volume of it"
+KNOWN_TYPES = mimetypes.MimeTypes()  # Python's own table, whatever the system says
+IMAGE_GROUPS = (0x0028, 0x5200, 0x7FE0)  # pixels and how they are stored; nothing of the patient
+OVERLAY_GROUPS = range(0x6000, 0x6100)
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
 class Series:
     """The files of one SeriesInstanceUID, from the first to the last slice along the normal (row x column).
 
-    `headers` are pydicom datasets of TAGS, none of which tells who the patient is, in the order of `files`.
+    `headers` are pydicom datasets of TAGS, none of which tells who the patient is, in the order of `files`, or one for
+    each frame of a multi-frame file.
+    `unread` are the numbers, among all files of `folder` sorted by name, of those beside the images that may be images
+    too but cannot be parsed.
     """
 
     folder: Path
@@ -45,6 +57,7 @@ class Series:
     modality: str
     files: tuple[Path, ...]
     headers: tuple[Any, ...] = field(repr=False, compare=False)
+    unread: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -53,8 +66,8 @@ class Series:
 
     @property
     def is_multiframe(self) -> bool:
-        """Enhanced DICOM: one file holds the volume."""
-        return len(self.files) == 1 and (integer(self.headers[0], "NumberOfFrames") or 1) > 1
+        """Enhanced DICOM: a file holds many slices."""
+        return any((integer(header, "NumberOfFrames") or 1) > 1 for header in self.headers)
 
     @property
     def not_volume(self) -> str | None:
@@ -67,43 +80,66 @@ class Series:
 
 
 def find_series(folder: str | Path) -> list[Series]:
-    """All series in a folder and its subfolders, or in one file, by number; what is not DICOM is passed over.
+    """All series in a folder and its subfolders, or in one file, by number; what is clearly not DICOM is passed over.
 
     Reads headers only. Raises DicomError where there is no DICOM, or a DICOM file is damaged.
     """
     folder = Path(folder)
-    paths = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
-    groups = defaultdict(list)
+    paths = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if _is_file(path))
+    groups: dict[str, list[tuple[Path, Any]]] = defaultdict(list)
+    unread: dict[Path, list[int]] = defaultdict(list)
     for count, path in enumerate(paths, 1):
-        # not the name of the file, which is often the patient's
-        damaged = DicomError(folder, f"DICOM file {count} of {len(paths)}, sorted by name, is damaged", EXPORT_WHOLE)
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*TAGS, *FUNCTIONAL_GROUPS])
+            if header.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
+                continue
+            frames = split_frames(header, TAGS)
+            uid = str(frames[0]["SeriesInstanceUID"].value)
         except pydicom.errors.InvalidDicomError:
-            continue
+            if not is_other_kind(path):
+                unread[path.parent].append(count)
         except OSError as error:
             fact = f"file {count} of {len(paths)}, sorted by name, cannot be read ({error.strerror})"
-            raise DicomError(folder, fact, "check its permissions") from error
+            raise DicomError(folder, fact, "fetch it if it is a link, or check its permissions") from error
         except Exception as error:  # whatever pydicom's parser meets
-            raise damaged from error
-        if header.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
-            continue
-        if not header.get("SeriesInstanceUID"):
-            raise damaged
-        groups[str(header.SeriesInstanceUID)].append((path, header))
+            # not the name of the file, which is often the patient's
+            fact = f"DICOM file {count} of {len(paths)}, sorted by name, is damaged"
+            raise DicomError(folder, fact, EXPORT_WHOLE) from error
+        else:
+            groups[uid] += [(path, frame) for frame in frames]
     if not groups:
         fact = "no DICOM files in it" if folder.is_dir() else "no such folder"
         raise DicomError(folder, fact, "give the folder of one DICOM series")
-    found = [_series(folder, uid, pairs) for uid, pairs in groups.items()]
+    found = [_series(folder, uid, pairs, unread) for uid, pairs in groups.items()]
     return sorted(found, key=lambda series: (series.number is None, series.number or 0, series.uid))
 
 
-def _series(folder: Path, uid: str, pairs: list[tuple[Path, Any]]) -> Series:
+def _is_file(path: Path) -> bool:
+    """Links to nothing count: slices may lie where they have to be fetched from."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def is_other_kind(path: Path) -> bool:
+    """Whether a file that is not DICOM is clearly no image: hidden, of another type by its name, or text.
+
+    An empty file, or one of binary content, may be what is left of an image.
+    """
+    name = path.name.lower()
+    if name.startswith(".") or name in SYSTEM_FILES or any(KNOWN_TYPES.guess_type(f"./{name}")):
+        return True
+    with path.open("rb") as file:
+        start = file.read(4096)
+    return bool(start) and not re.search(rb"[\x00-\x08\x0e-\x1f]", start)
+
+
+def _series(folder: Path, uid: str, pairs: list[tuple[Path, Any]], unread: dict[Path, list[int]]) -> Series:
     pairs.sort(key=lambda pair: (place(pair[1]) or 0.0, integer(pair[1], "InstanceNumber") or 0))
-    files, headers = zip(*pairs, strict=True)
+    paths, headers = zip(*pairs, strict=True)
+    files = tuple(dict.fromkeys(paths))
     first = headers[0]
     description, modality = str(first.get("SeriesDescription") or ""), str(first.get("Modality") or "unknown")
-    return Series(folder, uid, description, integer(first, "SeriesNumber"), modality, files, headers)
+    beside = [count for parent in sorted({path.parent for path in files}) for count in unread.get(parent, ())]
+    return Series(folder, uid, description, integer(first, "SeriesNumber"), modality, files, headers, tuple(beside))
 
 
 def choose_series(folder: str | Path, series: str | None = None) -> Series:
@@ -136,8 +172,22 @@ def check_series(series: Series) -> None:
     if series.not_volume:
         fact = f"{series.name} is a {series.not_volume.lower()}, not a volume"
         raise DicomError(series.folder, fact, GIVE_IMAGES)
-    if not series.is_multiframe:  # its geometry is checked where it is read
+    if series.unread:
+        which = ", ".join(map(str, series.unread[:5])) + ", ..." * (len(series.unread) > 5)
+        fact = f"{series.name}: {len(series.unread)} file(s) beside its images are empty or damaged ({which} by name)"
+        raise DicomError(series.folder, fact, "copy them again, or take away what is no image")
+    if not series.is_multiframe:
         check_slices(series.folder, series.name, series.headers)
+        return
+    if len(series.files) > 1:
+        raise DicomError(series.folder, f"{series.name} is {len(series.files)} multi-frame images", CONVERT)
+    if len(series.headers) == 1:
+        frames = integer(series.headers[0], "NumberOfFrames")
+        raise DicomError(series.folder, f"{series.name} is {frames} frames without a place in the patient", CONVERT)
+    try:
+        check_slices(series.folder, series.name, series.headers)
+    except DicomError as error:
+        raise DicomError(error.source, error.fact, CONVERT) from error
 
 
 def read_series(series: Series) -> MetaTensor:
@@ -159,12 +209,35 @@ def _read_slices(series: Series) -> MetaTensor:
 def _read_slice(series: Series, path: Path, header: Any) -> np.ndarray:
     """Rows and columns, rescaled; not by ITK's reader of series, which rounds to the type of the first image."""
     try:
-        return sitk.GetArrayFromImage(sitk.ReadImage(str(path), sitk.sitkFloat32, imageIO="GDCMImageIO"))[0]
-    except RuntimeError as error:
+        try:
+            return _decode(path)
+        except RuntimeError:
+            return _decode_without_overlays(path)
+    except Exception as error:  # of GDCM, and whatever the parser of pydicom meets
         syntax = header.file_meta.TransferSyntaxUID
         why = "truncated or damaged" + (", or compressed in an unsupported way" if syntax.is_compressed else "")
         fact = f"{series.name}, image {instance(header)} cannot be decoded ({syntax.name}), it is {why}"
         raise DicomError(series.folder, fact, "export the series again, uncompressed") from error
+
+
+def _decode(path: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path), sitk.sitkFloat32, imageIO="GDCMImageIO"))[0]
+
+
+def _decode_without_overlays(path: Path) -> np.ndarray:
+    """GDCM gives up on an overlay in unused bits of the pixels where these are not a multiple of 8."""
+    dataset = pydicom.dcmread(path)
+    if not any(element.tag.group in OVERLAY_GROUPS for element in dataset):
+        raise ValueError("no overlay")
+    _ = dataset.pixel_array  # raises where pixels are missing, which GDCM would fill up
+    with TemporaryDirectory() as folder:
+        image = Path(folder) / "image.dcm"
+        kept = pydicom.dataset.FileDataset(image, {}, file_meta=dataset.file_meta, preamble=bytes(128))
+        for element in dataset:
+            if element.tag.group in IMAGE_GROUPS or element.keyword in ("SOPClassUID", "SOPInstanceUID"):
+                kept.add(element)
+        kept.save_as(image)
+        return _decode(image)
 
 
 def _read_multiframe(series: Series) -> MetaTensor:
@@ -175,6 +248,6 @@ def _read_multiframe(series: Series) -> MetaTensor:
         volume = highdicom.imread(series.files[0]).get_volume(dtype=np.float32, apply_real_world_transform=False)
     except Exception as error:  # whatever the decoders of pydicom raise
         fact = f"the frames of {series.name} cannot be read as one volume ({type(error).__name__})"
-        raise DicomError(series.folder, fact, "convert it to NIfTI with dcm2niix") from error
+        raise DicomError(series.folder, fact, CONVERT) from error
     axes = [2, 1, 0, 3]  # highdicom has slice, row, column
     return to_tensor(volume.array.T, volume.affine[:, axes], series.folder)

@@ -10,13 +10,16 @@ import numpy as np
 from ..errors import DicomError
 
 GEOMETRY = {"ImageOrientationPatient": 6, "PixelSpacing": 2, "ImagePositionPatient": 3, "Rows": 1, "Columns": 1}
-VOLUME_TAGS = [  # what tells volumes of one series apart
-    *("EchoTime", "EchoNumbers", "InversionTime", "FlipAngle", "DiffusionBValue", "TemporalPositionIdentifier"),
-    *("TriggerTime", "ImageType", "AcquisitionNumber", "AcquisitionTime"),
+CONTRAST_TAGS = [  # what is the same in all images of one volume: it tells echoes, phases, b-values ... apart
+    *("ImageType", "FrameType", "ComplexImageComponent", "EchoTime", "EffectiveEchoTime", "EchoNumbers"),
+    *("RepetitionTime", "InversionTime", "FlipAngle", "SequenceName", "KVP", "ConvolutionKernel"),
+    *("DiffusionBValue", "DiffusionGradientOrientation", "TemporalPositionIdentifier", "TemporalPositionIndex"),
 ]
+VOLUME_TAGS = [*CONTRAST_TAGS, "TriggerTime", "AcquisitionNumber", "AcquisitionTime"]  # may differ from slice to slice
 UNEVEN = 0.1  # of the distance between slices: how far a slice may be from its place
 EXPORT_ORIGINALS = "export the original images, not screen captures"
 EXPORT_WHOLE = "export the series again as a whole"
+SPLIT = "give each volume (echo, phase, b-value) as a folder of its own"
 
 
 def find_numbers(header: Any, keyword: str) -> np.ndarray | None:
@@ -85,6 +88,7 @@ def check_slices(source: object, name: str, headers: Sequence[Any]) -> None:
         check_tags(source, name, header)
         check_same(source, name, headers[0], header)
     check_twice(source, name, headers)
+    check_contrast(source, name, headers)
     check_spacing(source, name, headers)
 
 
@@ -126,7 +130,27 @@ def check_twice(source: object, name: str, headers: Sequence[Any]) -> None:
             raise DicomError(source, f"{fact}, copies of one image", "leave one copy in the folder")
         differs = [keyword for keyword in VOLUME_TAGS if a.get(keyword) != b.get(keyword)]
         fact += f" and differ in {', '.join(differs)}" if differs else ""
-        raise DicomError(source, fact, "give each volume (echo, phase, b-value) as a folder of its own")
+        raise DicomError(source, fact, SPLIT)
+
+
+def check_contrast(source: object, name: str, headers: Sequence[Any]) -> None:
+    """No images of two volumes at places in turn, such as two echoes at every second place each."""
+    first = headers[0]
+    for header in headers:
+        if differs := [keyword for keyword in CONTRAST_TAGS if not is_same(header.get(keyword), first.get(keyword))]:
+            fact = f"{name}: images {instance(first)} and {instance(header)} differ in {', '.join(differs)}"
+            raise DicomError(source, fact, SPLIT)
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two values of a tag are equal; numbers to a thousandth, since scanners round them differently."""
+    if a == b or a is None or b is None:
+        return bool(a == b)
+    try:
+        first, second = np.array(a, dtype=float), np.array(b, dtype=float)
+    except (TypeError, ValueError):
+        return False
+    return first.shape == second.shape and np.allclose(first, second, rtol=1e-3, atol=1e-6)
 
 
 def check_spacing(source: object, name: str, headers: Sequence[Any]) -> None:

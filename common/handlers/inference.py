@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..fingerprint import Fingerprint, differences
 from ..networks.volume import VolumeDetector
 from ..recorded import Recorded
 from ..report.case import Case, record_path, write_case
+from ..report.dicom import OBJECTS
 from ..transforms.check import source_name
 from ..weights import digest, load_into
 
@@ -111,7 +113,10 @@ class SaveDetections:
         return {"bundle": self.bundle, "input_sha256": inputs, **found, **self.segmentation}
 
     def is_finished(self, item: Mapping[str, Any]) -> bool:
-        """Whether the case of an item of a datalist has been written. Raises OutputError where it is another case."""
+        """Whether the case of an item of a datalist has been written, with the DICOM objects if they are wanted.
+
+        Raises OutputError where it is another case.
+        """
         path = record_path(*self._place(item))
         if not path.is_file():
             return False
@@ -125,7 +130,7 @@ class SaveDetections:
         if others := differences(before, identity, "not recorded"):
             fact = f"holds another result ({'; '.join(others)})"
             raise OutputError(path.parent, fact, "choose another output folder, or --overwrite")
-        return True
+        return not self.dicom or all((path.parent / name).is_file() for name in OBJECTS)
 
     def _place(self, item: Mapping[str, Any]) -> tuple[Path, str | None]:
         if derivative := item.get("derivative"):
@@ -134,7 +139,7 @@ class SaveDetections:
         return self.output_dir / str(item["subject"]), None
 
     def __call__(self, engine: Engine) -> None:
-        """Write the cases of the batch."""
+        """Write the cases of the batch. Raises OutputError, and after the rest DicomError for DICOM objects."""
         for batch, output in cases(engine):
             case = Case(
                 subject=str(batch["subject"]),
@@ -144,7 +149,7 @@ class SaveDetections:
                 reconstruction=output["reconstruction"],
                 segmentation=output["segmentation"],
                 to_mni=np.asarray(batch["to_mni"]) if "to_mni" in batch else None,
-                series=source_series(batch["input"]) if self.dicom else None,
+                find_series=partial(source_series, batch["input"]) if self.dicom else None,
             )
             inputs = {key: batch[f"{key}_sha256"] for key in INPUTS if f"{key}_sha256" in batch}
             run = {
@@ -158,12 +163,14 @@ class SaveDetections:
             }
             folder, entities = self._place(batch)
             try:
-                write_case(folder, entities, case, output["threshold"], self.network.calibration, run)
+                failure = write_case(folder, entities, case, output["threshold"], self.network.calibration, run)
                 if entities is not None:
                     write_description(self.output_dir, self.bundle)
             except OSError as error:
                 fact = f"cannot be written ({error.strerror or error})"
                 raise OutputError(folder, fact, "choose another output folder, or make room in it") from error
+            if failure is not None:
+                raise failure  # what was asked for is not all there
 
 
 def said(warning: str | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from scipy import ndimage
 from .. import __version__
 from ..calibration import Calibration
 from ..data.dicom import Series
+from ..errors import DicomError
 from ..transforms.check import voxel_volume_ml
 from ..transforms.registration import write_tfm
 from .dicom import save_dicom
@@ -38,7 +39,7 @@ class Case:
     reconstruction: MetaTensor
     segmentation: MetaTensor
     to_mni: np.ndarray | None = None  # (4, 4), world of the input to MNI152
-    series: Series | None = None  # the input, where DICOM results are wanted
+    find_series: Callable[[], Series] | None = None  # of the input, where DICOM results are wanted; raises DicomError
 
     @property
     def affine(self) -> np.ndarray:
@@ -75,19 +76,20 @@ def write_case(
     threshold: float,
     calibration: Calibration,
     run: Mapping[str, Any],
-) -> None:
+) -> DicomError | None:
     """Write the files of a case; an older one is replaced.
 
     anomaly_map.nii.gz (float32, raw), segmentation.nii.gz (uint8), reconstruction.nii.gz (float32, input's units),
     lesions.csv, run.json, preview.png; to_mni.tfm where the case was registered, segmentation.dcm and anomaly_map.dcm
-    where it has a DICOM series. The folder appears whole or not at all. With `entities` (`sub-01_ses-1`) the files get
-    the names of a BIDS derivative in a folder that is shared with other scans, whole files, run.json last.
+    where they are wanted. If these cannot be made, the others are written, with the reason among the warnings of
+    run.json, and the error is returned. The folder appears whole or not at all. With `entities` (`sub-01_ses-1`) the
+    files get the names of a BIDS derivative in a folder that is shared with other scans, whole files, run.json last.
     """
     partial = folder.with_name(f".partial-{entities or folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_files(partial, case, threshold, calibration, run)
+        failure = write_files(partial, case, threshold, calibration, run)
         if entities is None:
             shutil.rmtree(folder, ignore_errors=True)
             partial.rename(folder)
@@ -98,22 +100,32 @@ def write_case(
                 path.replace(folder / f"{entities}_{BIDS_NAMES[path.name]}")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return failure
 
 
-def write_files(folder: Path, case: Case, threshold: float, calibration: Calibration, run: Mapping[str, Any]) -> None:
-    """Write the files of a case into a folder."""
+def write_files(
+    folder: Path, case: Case, threshold: float, calibration: Calibration, run: Mapping[str, Any]
+) -> DicomError | None:
+    """Write the files of a case into a folder; returns why there are no DICOM objects among them if they are wanted."""
     for name in ("anomaly_map", "reconstruction", "segmentation"):
         save_nifti(getattr(case, name), case.affine, folder / f"{name}.nii.gz")
     lesions = find_lesions(case)
     save_lesions(lesions, folder / "lesions.csv")
     if case.to_mni is not None:
         write_tfm(case.to_mni, folder / "to_mni.tfm")
-    if case.series is not None:
-        save_dicom(case, case.series, folder, str(run["bundle"]), versions()["uad-bundles"], run["weights_sha256"])
+    failure = None
+    if case.find_series is not None:
+        try:
+            maker = str(run["bundle"]), versions()["uad-bundles"], run["weights_sha256"]
+            save_dicom(case, case.find_series(), folder, *maker)
+        except DicomError as error:
+            failure = error
     save_preview(case, threshold, folder / "preview.png")
     found = describe(case, threshold, calibration, lesions)
-    record = {**run, **found, "warnings": [*run.get("warnings", []), *found["warnings"]]}
+    warnings = [*run.get("warnings", []), *found["warnings"], *([str(failure)] if failure else [])]
+    record = {**run, **found, "warnings": warnings}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return failure
 
 
 def save_nifti(volume: MetaTensor, affine: np.ndarray, path: Path) -> None:

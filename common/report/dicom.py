@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
 
 pydicom, _ = optional_import("pydicom")
 
+OBJECTS = ("segmentation.dcm", "anomaly_map.dcm")
+UTF_8 = "ISO_IR 192"
+MAX_SOURCE_NUMBER = (2**31 - 1) // 100 - 1  # so that a hundred times it, and a few more, is a SeriesNumber too
+OWN_NUMBER = 90  # in the place of a SeriesNumber that is not there, or beyond that
+ONE_FOR_ALL = ("PixelMeasuresSequence", "PlaneOrientationSequence")  # what highdicom wants as shared by all frames
 NEEDED = ("StudyInstanceUID", "SOPClassUID", "SOPInstanceUID", "FrameOfReferenceUID")
+REPAIR = "repair the headers, of which NIfTI results need less"
 MAY_BE_EMPTY = (  # and lack in anonymised images, while highdicom wants them all
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber"),
     *("StudyID", "StudyDate", "StudyTime", "SliceThickness"),
@@ -39,25 +46,64 @@ def save_dicom(
     case: on the grid of `read_series(series)`.
     algorithm, version: what the objects name as their maker, a bundle and its version.
     weights_sha256: of its weights; a second software version, and a parameter of the Segmentation's algorithm.
-    Raises DicomError where the source images lack or garble what the objects take from them, and OptionalImportError
-    without highdicom.
+    Raises DicomError where the source images lack or garble what the objects take from them, of which nothing is
+    written then.
     """
     sources = [_source(series, path) for path in series.files]
-    number = 100 * (series.number or 0)
+    if len(sources) > 1 and "PerFrameFunctionalGroupsSequence" in sources[0]:
+        fact = f"{series.name} is {len(sources)} enhanced images, DICOM results refer to one"
+        raise DicomError(series.folder, fact, "convert it to one multi-frame image")
+    number = OWN_NUMBER if series.number is None else series.number
+    number = 100 * (number if 0 <= number <= MAX_SOURCE_NUMBER else OWN_NUMBER)
     versions = [version, *filter(None, [weights_sha256])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of pydicom quote what the tags say of the patient
         try:
             mask = _planes(case.segmentation, np.uint8, case, series, sources)
             values = _planes(case.anomaly_map, np.float32, case, series, sources)
-            segmentation = _segmentation(mask, sources, algorithm, versions, number + 1)
-            anomaly_map = _parametric_map(values, sources, algorithm, versions, number + 2)
-        except (AttributeError, TypeError, ValueError, KeyError) as error:  # whose words quote the tags too
+            objects = [
+                _encode(_segmentation(mask, sources, algorithm, versions, number + 1)),
+                _encode(_parametric_map(values, sources, algorithm, versions, number + 2)),
+            ]
+        except MalformedValueError as error:
+            fact = f"{series.name} does not allow DICOM results ({error} does not fit its type)"
+            raise DicomError(series.folder, fact, REPAIR) from error
+        except Exception as error:  # whatever highdicom and pydicom raise, whose words quote the tags too
             fact = f"{series.name} does not allow DICOM results ({type(error).__name__} in a tag)"
-            raise DicomError(series.folder, fact, "write NIfTI alone, or repair the headers") from error
-    for name, dataset in (("segmentation", segmentation), ("anomaly_map", anomaly_map)):
-        with replacing(folder / f"{name}.dcm") as path:
-            dataset.save_as(path)
+            raise DicomError(series.folder, fact, REPAIR) from error
+    for name, content in zip(OBJECTS, objects, strict=True):
+        with replacing(folder / name) as path:
+            path.write_bytes(content)
+
+
+class MalformedValueError(ValueError):
+    """Says the keyword of a tag whose value does not fit its type, not the value, which may be the patient's."""
+
+
+def _encode(dataset: Any) -> bytes:
+    """The bytes of a file, text as UTF-8, all of whose values but the pixels fit their types.
+
+    Raises MalformedValueError.
+    """
+    dataset.SpecificCharacterSet = UTF_8
+    buffer = BytesIO()
+    dataset.save_as(buffer)
+    buffer.seek(0)
+    with pydicom.config.strict_reading():
+        check_values(pydicom.dcmread(buffer, stop_before_pixels=True))
+    return buffer.getvalue()
+
+
+def check_values(dataset: Any) -> None:
+    """Every value of a dataset that was read, also nested, fits its type (VR). Raises MalformedValueError."""
+    for tag in list(dataset.keys()):
+        try:
+            element = dataset[tag]
+        except Exception as error:  # whatever the converter of the type raises
+            raise MalformedValueError(pydicom.datadict.keyword_for_tag(tag) or str(tag)) from error
+        if element.VR == "SQ":
+            for item in element.value:
+                check_values(item)
 
 
 def _source(series: Series, path: Path) -> Any:
@@ -65,16 +111,29 @@ def _source(series: Series, path: Path) -> Any:
     missing = [keyword for keyword in NEEDED if not dataset.get(keyword)]
     if missing:
         fact = f"{series.name} has no {', '.join(missing)}, without which there are no DICOM results"
-        raise DicomError(series.folder, fact, "write NIfTI alone")
+        raise DicomError(series.folder, fact, REPAIR)
     for keyword in MAY_BE_EMPTY:
         if keyword not in dataset:
             setattr(dataset, keyword, None)
+    if "PerFrameFunctionalGroupsSequence" in dataset:
+        _share(dataset)
     return dataset
+
+
+def _share(dataset: Any) -> None:
+    """Say for all frames what each of them says; `choose_series` has checked that all say the same."""
+    if not dataset.get("SharedFunctionalGroupsSequence"):
+        dataset.SharedFunctionalGroupsSequence = [pydicom.Dataset()]
+    shared, first = dataset.SharedFunctionalGroupsSequence[0], dataset.PerFrameFunctionalGroupsSequence[0]
+    for keyword in ONE_FOR_ALL:
+        if keyword not in shared and keyword in first:
+            shared[keyword] = first[keyword]
 
 
 def _maker(algorithm: str, versions: list[str], series_number: int) -> dict[str, Any]:
     """The new series, and the equipment that made it; the standard wants a serial number, which software has not."""
     return {
+        "specific_character_set": None,  # `_encode` says it: highdicom does not take every list that a source has
         "series_instance_uid": pydicom.uid.generate_uid(),
         "series_number": series_number,
         "sop_instance_uid": pydicom.uid.generate_uid(),

@@ -79,3 +79,64 @@ def test_description_is_written_once(tmp_path):
     path.write_text("mine", encoding="utf-8")
     write_description(tmp_path, "dae")
     assert path.read_text(encoding="utf-8") == "mine"
+
+
+def add(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def test_of_complex_images_the_magnitude_alone_is_a_scan(root):
+    add(root, *[f"sub-03/anat/sub-03_part-{part}_T1w.nii.gz" for part in ("mag", "phase", "real", "imag")])
+    (item,) = find_scans(root, ["T1"], ["03"])
+    assert item["image"] == str(root / "sub-03/anat/sub-03_part-mag_T1w.nii.gz")
+    assert item["derivative"] == "sub-03/anat/sub-03_part-mag"
+    add(root, "sub-04/anat/sub-04_part-phase_T1w.nii.gz")
+    with pytest.raises(CohortError, match="no scan of T1"):
+        find_scans(root, ["T1"], ["04"])
+
+
+@pytest.mark.parametrize(
+    ("name", "derivative"),
+    [
+        ("sub-03_desc-brain_T1w.nii.gz", "sub-03"),
+        ("sub-03_space-MNI152NLin2009cAsym_res-2_desc-preproc_T1w.nii.gz", "sub-03_space-MNI152NLin2009cAsym_res-2"),
+        ("sub-03_acq-ce_desc-brain_T1w.nii", "sub-03_acq-ce"),
+    ],
+)
+def test_the_description_of_the_results_takes_the_place_of_that_of_the_scan(name, derivative, root):
+    add(root, f"sub-03/anat/{name}")
+    (item,) = find_scans(root, ["T1"], ["03"])
+    assert item["subject"] == derivative
+    assert item["derivative"] == f"sub-03/anat/{derivative}"
+
+
+def test_scans_that_differ_in_their_description_alone_are_refused(root):
+    add(root, "sub-03/anat/sub-03_desc-brain_T1w.nii.gz", "sub-03/anat/sub-03_T1w.nii.gz")
+    with pytest.raises(CohortError, match="would give results of one name; choose one"):
+        find_scans(root, ["T1"], ["03"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sub-04_T1w.nii.gz",
+        "sub-03_ses-a_T1w.nii.gz",
+        "sub-03_defaced_T1w.nii.gz",
+        "sub-03_desc-brain_desc-anomaly_T1w.nii.gz",
+        "sub-03_acq-a-b_T1w.nii.gz",
+        "T1_sub-03_T1w.nii.gz",
+    ],
+)
+def test_name_that_is_not_of_its_folder_is_refused(name, root):
+    add(root, f"sub-03/anat/{name}")
+    with pytest.raises(CohortError, match="the name is not sub-03, entities") as caught:
+        find_scans(root, ["T1"], ["03"])
+    assert caught.value.source == str(root / "sub-03" / "anat" / name)
+
+
+def test_session_is_that_of_the_folder(root):
+    add(root, "sub-03/ses-a/anat/sub-03_T1w.nii.gz")
+    with pytest.raises(CohortError, match="the name is not sub-03_ses-a, entities"):
+        find_scans(root, ["T1"], ["03"])

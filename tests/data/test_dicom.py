@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import highdicom
 import numpy as np
 import pydicom
 import pytest
@@ -87,19 +86,6 @@ def test_compressed_pixels_are_read(how, write_series, tmp_path):
     plain, packed = write_series(tmp_path / "plain"), write_series(tmp_path / "packed")
     packed.edit(lambda dataset, k: encode(dataset, how, tmp_path))
     np.testing.assert_array_equal(read(packed.folder), read(plain.folder))
-
-
-def test_multiframe_is_read(write_series, phantom, tmp_path):
-    written = write_series(tmp_path / "single", "oblique", is_reversed=True)
-    sources = [pydicom.dcmread(path) for path in written.files]
-    enhanced = highdicom.legacy.LegacyConvertedEnhancedMRImage(
-        sources, generate_uid(), 1, generate_uid(), 1, strict=False
-    )
-    (tmp_path / "multi").mkdir()
-    enhanced.save_as(tmp_path / "multi" / "IM1")
-    image = read(tmp_path / "multi")
-    assert image.shape == (1, *written.image.shape)
-    assert_same_place(image, phantom, tolerance=0.26)
 
 
 def test_series_are_found_among_other_files(write_series, tmp_path):
@@ -186,6 +172,30 @@ def undecodable(dataset, k):
     dataset["PixelData"].is_undefined_length = True
 
 
+def in_turn(keyword, first, second):
+    """Two volumes at places in turn, each of which has an image of one of them alone."""
+    return lambda s: s.edit(lambda dataset, k: setattr(dataset, keyword, second if k % 2 else first))
+
+
+def leave(series, content):
+    """Six images of which this is left; the first and last slices, without which there is a smaller volume."""
+    for path in (*series.files[:3], *series.files[-3:]):
+        path.write_bytes(content)
+
+
+def lost_link(series):
+    series.files[-1].rename(series.folder.parent / "elsewhere")
+    series.files[-1].symlink_to(series.folder / "not fetched")
+
+
+IN_TURN = {
+    "EchoTime": (5, 15),
+    "ImageType": (["ORIGINAL", "PRIMARY", "M"], ["ORIGINAL", "PRIMARY", "P"]),
+    "TemporalPositionIdentifier": (1, 2),
+    "DiffusionBValue": (0.0, 1000.0),
+    "InversionTime": (400, 900),
+    "SequenceName": ("*ep_b0", "*ep_b1000#1"),
+}
 BAD = {  # what is done to a series, and what is said
     "structure set": (lambda s: s.edit(put("Modality", "RTSTRUCT")), "RTSTRUCT objects, not MR or CT"),
     "scout": (lambda s: s.edit(put("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"])), "is a localizer"),
@@ -217,6 +227,11 @@ BAD = {  # what is done to a series, and what is said
     "truncated": (lambda s: cut(s, 5, -100), "image 6 cannot be decoded (Explicit VR Little Endian), it is truncated"),
     "truncated header": (lambda s: cut(s, 5, 500), "DICOM file 36 of 36, sorted by name, is damaged"),
     "magic alone": (lambda s: cut(s, 5, 132), "DICOM file 36 of 36, sorted by name, is damaged"),
+    "empty files": (lambda s: leave(s, b""), "6 file(s) beside its images are empty or damaged (1, 2, 3, 34, 35, ..."),
+    "files cut short": (lambda s: leave(s, bytes(100)), "6 file(s) beside its images are empty or damaged"),
+    "zero-filled files": (lambda s: leave(s, bytes(9000)), "6 file(s) beside its images are empty or damaged"),
+    "link to nothing": (lost_link, "file 36 of 36, sorted by name, cannot be read (No such file or directory)"),
+    **{f"{k} in turn": (in_turn(k, *two), f"images 1 and 2 differ in {k}") for k, two in IN_TURN.items()},
     "undecodable": (lambda s: s.edit(undecodable), "cannot be decoded (MPEG2 Main Profile / Main Level)"),
 }
 
@@ -232,6 +247,54 @@ def test_what_is_no_volume_is_refused(kind, write_series, tmp_path):
     assert caught.value.remedy
     assert "\n" not in str(caught.value)
     assert not [word for word in ("PLANTED", "19010203") if word in str(caught.value)]
+
+
+def test_what_is_clearly_no_image_is_passed_over(write_series, tmp_path):
+    written = write_series(tmp_path)
+    others = {
+        "README": b"text",
+        "notes.txt": b"",
+        "IM0001.jpg": b"\xff\xd8\x00",
+        ".DS_Store": b"\0\0",
+        "Thumbs.db": b"\0",
+    }
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "viewer").write_bytes(b"\x7fELF\0\0")  # in a folder without images
+    assert read(tmp_path).shape == (1, *written.image.shape)
+
+
+def test_values_that_are_rounded_differently_are_one_volume(write_series, tmp_path):
+    write_series(tmp_path).edit(lambda dataset, k: setattr(dataset, "EchoTime", 4.6 + 1e-6 * k))
+    assert read(tmp_path).shape[-1] == 36
+
+
+@pytest.mark.parametrize("columns", [72, 71])
+def test_overlay_in_unused_bits_is_no_tissue(columns, write_series, tmp_path):
+    """Of 50 x 71 pixels, not a multiple of 8, which GDCM does not read."""
+    plain, drawn = write_series(tmp_path / "plain"), write_series(tmp_path / "drawn")
+
+    def crop(dataset, k):
+        dataset.PixelData = np.ascontiguousarray(dataset.pixel_array[:, :columns]).tobytes()
+        dataset.Columns = columns
+
+    def draw(dataset, k):
+        crop(dataset, k)
+        dataset.PixelData = (np.frombuffer(dataset.PixelData, "<u2") | 0x1000 * (k > 5)).astype("<u2").tobytes()
+        for element, vr, value in (
+            *((0x10, "US", 50), (0x11, "US", columns), (0x40, "CS", "G")),
+            *((0x50, "SS", [1, 1]), (0x100, "US", 16), (0x102, "US", 12)),
+        ):
+            dataset.add_new(0x60000000 + element, vr, value)
+
+    plain.edit(crop)
+    drawn.edit(draw)
+    np.testing.assert_array_equal(read(drawn.folder), read(plain.folder))
+    content = drawn.files[20].read_bytes()
+    drawn.files[20].write_bytes(content[:-100])
+    with pytest.raises(DicomError, match="image 21 cannot be decoded"):
+        read(drawn.folder)
 
 
 def test_folder_without_dicom_is_refused(tmp_path):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import json
+from copy import deepcopy
+
 import highdicom
 import nibabel as nib
 import numpy as np
@@ -12,7 +16,9 @@ from monai.data import MetaTensor
 from monai.data.utils import orientation_ras_lps
 from pydicom.uid import generate_uid
 from scipy import ndimage
+from typer.testing import CliRunner
 
+from common.cli import app
 from common.data.dicom import choose_series, read_series
 from common.errors import DicomError
 from common.report.case import Case, save_nifti
@@ -127,18 +133,68 @@ def test_nothing_found_is_an_object_too(write_series, phantom, tmp_path):
         assert not array.any()
 
 
-def test_objects_of_a_multiframe_source(write_series, phantom, tmp_path):
-    sources = [pydicom.dcmread(path) for path in write_series(tmp_path / "in", "oblique").files]
+def enhance(files, path, per_frame=False, series=None):
+    """Write classic images as one enhanced file, with its pixel measures said for all frames or for each."""
+    sources = [pydicom.dcmread(file) for file in files]
     enhanced = highdicom.legacy.LegacyConvertedEnhancedMRImage(
-        sources, generate_uid(), 1, generate_uid(), 1, strict=False
+        sources, series or generate_uid(), 1, generate_uid(), 1, strict=False
     )
-    (tmp_path / "multi").mkdir()
-    enhanced.save_as(tmp_path / "multi" / "IM1")
+    for keyword in ("PixelMeasuresSequence", "PlaneOrientationSequence") if per_frame else ():
+        value = enhanced.SharedFunctionalGroupsSequence[0][keyword].value
+        del enhanced.SharedFunctionalGroupsSequence[0][keyword]
+        for frame in enhanced.PerFrameFunctionalGroupsSequence:
+            setattr(frame, keyword, deepcopy(value))
+    path.parent.mkdir(exist_ok=True)
+    enhanced.save_as(path)
+
+
+@pytest.mark.parametrize("per_frame", [False, True], ids=["shared", "per frame"])
+def test_objects_of_a_multiframe_source(per_frame, write_series, phantom, tmp_path):
+    enhance(write_series(tmp_path / "in", "oblique").files, tmp_path / "multi" / "IM1", per_frame)
     case, series = detected(tmp_path / "multi", phantom)
     save_dicom(case, series, tmp_path / "out", "dae", "0.1.0")
     array, affine = decode(tmp_path / "out" / "segmentation.dcm")
     centroid = nib.affines.apply_affine(affine, ndimage.center_of_mass(array))
     assert np.abs(centroid - phantom.centre_mm - phantom.lesion_mm).max() < 2
+
+
+def test_enhanced_images_of_a_frame_each_cannot_be_referred_to(write_series, phantom, tmp_path):
+    uid = generate_uid()
+    for number, file in enumerate(write_series(tmp_path / "in").files):
+        enhance([file], tmp_path / "frames" / f"IM{number}", series=uid)
+    with pytest.raises(DicomError, match="is 36 enhanced images, DICOM results refer to one"):
+        save_dicom(*detected(tmp_path / "frames", phantom), tmp_path / "out", "dae", "0.1.0")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "own"),
+    [(30_000_000, 9001), (2**31 - 1, 9001), (-5, 9001), (None, 9001), (0, 1), (21_474_835, 2147483501)],
+)
+def test_series_number_fits_its_type(number, own, write_series, phantom, tmp_path):
+    write_series(tmp_path / "in", SeriesNumber=number)
+    save_dicom(*detected(tmp_path / "in", phantom), tmp_path / "out", "dae", "0.1.0")
+    with pydicom.config.strict_reading():
+        numbers = [pydicom.dcmread(tmp_path / "out" / f"{name}.dcm").SeriesNumber for name in NAMES]
+    assert numbers == [own, own + 1]
+
+
+@pytest.mark.parametrize(
+    ("charset", "name"),
+    [
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        ("ISO_IR 100", "Müller^Jörg"),
+        ("GB18030", "Wang^XiaoDong=王^小东"),
+        ("ISO_IR 192", "Ωμέγα^Ж"),
+    ],
+)
+def test_names_in_any_alphabet_are_kept(charset, name, write_series, phantom, tmp_path):
+    def rename(dataset, k):
+        dataset.SpecificCharacterSet, dataset.PatientName = charset, name
+
+    write_series(tmp_path / "in").edit(rename)
+    save_dicom(*detected(tmp_path / "in", phantom), tmp_path / "out", "dae", "0.1.0")
+    assert [str(pydicom.dcmread(tmp_path / "out" / f"{kind}.dcm").PatientName) for kind in NAMES] == [name] * 2
 
 
 def test_objects_of_anonymised_images(write_series, phantom, tmp_path):
@@ -165,12 +221,65 @@ def garbled_date(dataset, k):
     dataset["PatientBirthDate"].VR = "DA"
 
 
-@pytest.mark.parametrize(
-    ("change", "fact"), [(no_frame, "has no FrameOfReferenceUID"), (garbled_date, "does not allow DICOM results")]
-)
+def unparsed(keyword, vr, value):
+    """A value that does not fit its type, as a careless writer leaves it."""
+
+    def change(dataset, k):
+        dataset[keyword] = pydicom.DataElement(keyword, "LO", value)
+        dataset[keyword].VR = vr
+
+    return change
+
+
+GARBLED = {
+    "no frame of reference": (no_frame, "has no FrameOfReferenceUID"),
+    "date": (garbled_date, "does not allow DICOM results"),
+    "long number": (unparsed("PatientID", "LO", "19010203" * 9), "PatientID does not fit its type"),
+    "long accession": (unparsed("AccessionNumber", "SH", "19010203" * 3), "AccessionNumber does not fit its type"),
+    "study UID": (unparsed("StudyInstanceUID", "UI", "1.2.x19010203"), "StudyInstanceUID does not fit its type"),
+}
+
+
+@pytest.mark.parametrize(("change", "fact"), GARBLED.values(), ids=GARBLED)
 def test_what_cannot_be_referred_to_is_refused(change, fact, write_series, phantom, tmp_path):
     write_series(tmp_path / "in").edit(change)
     with pytest.raises(DicomError, match=fact) as caught:
         save_dicom(*detected(tmp_path / "in", phantom), tmp_path / "out", "dae", "0.1.0")
     assert "19010203" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def detect(source, out):
+    """`uad detect` with DICOM results: the exit code, the status line, the files and the record of the case."""
+    done = CliRunner().invoke(app, ["detect", str(source), "-m", "dae", "-o", str(out), "--format", "dicom-seg"])
+    with (out / "status.tsv").open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file, delimiter="\t")
+    folder = out / row["case"]
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return done.exit_code, row, {path.name for path in folder.iterdir()}, record
+
+
+def test_objects_that_cannot_be_written_discard_nothing_else(write_series, tmp_path):
+    series = write_series(tmp_path / "in", slope=1.0, intercept=0.0)
+    series.edit(garbled_date)
+    for _ in range(2):  # what was not written is not "finished before" either
+        code, row, files, record = detect(series.folder, tmp_path / "out")
+        assert code == 3
+        assert row["status"] == "DicomError"
+        assert "does not allow DICOM results" in row["message"]
+        assert files == {
+            *("anomaly_map.nii.gz", "segmentation.nii.gz", "reconstruction.nii.gz"),
+            *("lesions.csv", "preview.png", "run.json"),
+        }
+        assert record["warnings"][-1] == row["message"]
+        assert "19010203" not in json.dumps(record)
+
+
+def test_nifti_input_has_its_results_without_the_objects(save_nifti, phantom, tmp_path):
+    shape, affine = phantom.grid(spacing_mm=(4, 4, 4))
+    scan = save_nifti(tmp_path / "scan.nii.gz", phantom.on_grid(shape, affine)[0], affine)
+    code, row, files, record = detect(scan, tmp_path / "out")
+    assert (code, row["status"]) == (3, "DicomError")
+    assert "no DICOM series, which DICOM results would refer to; use --format nifti" in row["message"]
+    assert {"anomaly_map.nii.gz", "run.json"} < files
+    assert record["warnings"][-1] == row["message"]
