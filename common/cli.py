@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from .archive import import_bundle
-from .batch import detect_cases
+from .batch import check_detection, detect_cases
 from .benchmark import run_benchmark
 from .bundle import (
     BUNDLES_DIR,
@@ -147,12 +147,15 @@ def detect(
     with _one_line_errors():
         mask = None if brain_mask is None else str(brain_mask)
         cases = find_cases(image, metadata(method)["modalities"], mask, series, participant_label or ())
+        own_part = _chosen_part(part)
+        others = [path for path in (*image, weights) if path and path.is_file()]
+        check_detection(output, cases, method, others, own_part)
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         override |= {"network_def::batch_size": batch_size, "handlers::1::dicom": output_format is Format.DICOM_SEG}
         with typed_errors():
             workflow = load_workflow(method, ["inference.json"], output_dir=str(output.resolve()), **override)
             workflow.initialize()
-            failed = detect_cases(workflow, cases, _chosen_part(part), overwrite)
+            failed = detect_cases(workflow, cases, own_part, overwrite)
     if failed:
         raise typer.Exit(FAILED)
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..errors import CohortError
 from ..files import replacing
+from ..outputs import is_safe_name
 
 Split = Literal["train", "val", "test"]
 OTHER_COLUMNS = ("subject", "split", "brain", "lesion")
@@ -95,7 +96,7 @@ def check_subjects(path: Path, rows: Mapping[int, Mapping[str, str]]) -> None:
     seen: dict[str, int] = {}
     for number, row in rows.items():
         subject = row["subject"]
-        if not subject or subject == ".." or Path(subject).name != subject:
+        if not is_safe_name(subject):
             fact = f"subject {subject!r} cannot name a folder"
             raise cell_error(path, number, "subject", fact, "use letters, digits, - and _")
         if subject in seen:

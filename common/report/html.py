@@ -15,11 +15,11 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import OutputError, ResultError
 from ..files import replacing
+from ..outputs import REPORT
 from .benchmark_page import benchmark_content
 from .results import CaseFiles, Outcome, mni_point, read_lesions, read_outcomes, read_run, read_to_mni, records_in
 from .viewer import NIIVUE_VERSION, STATIC, niivue, viewer_data
 
-REPORT = "report.html"
 OK = "ok"
 MAX_LESIONS = 200  # rows in a case's page; all are in lesions.csv
 MAX_MOSAICS = 100  # in a cohort's page: those with the highest scores; the others have the small picture
