@@ -15,6 +15,7 @@ from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile, ZipInfo
 
 from .errors import BundleError, OutputError
 from .files import partial_folder, replacing
+from .outputs import Inputs
 from .vendor import bundle_config, is_config, named_modules
 from .weights import load_weights
 
@@ -53,6 +54,7 @@ def import_bundle(path: Path, bundles: Path) -> str:
     """
     files = read_bundle(path)
     name = _key(path, files)
+    Inputs([path]).check([bundles / name])
     kept = {place: content for place, content in files.items() if place.split("/")[0] in PARTS}
     for place in filter(is_config, kept):
         try:

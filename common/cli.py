@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import logging
 import os
@@ -31,8 +32,10 @@ from .bundle import (
 )
 from .cohorts import KINDS
 from .data.cases import find_cases
+from .data.cohort import cohort_files
 from .errors import UADError
 from .export import export_bundle, export_onnx, export_torchscript
+from .outputs import check_result
 from .prepare import prepare_cohort
 from .report.html import write_report
 from .transforms.check import typed_errors
@@ -112,6 +115,9 @@ Items = Annotated[
 @app.callback()
 def main() -> None:
     """Find what is abnormal in a brain scan, with methods trained on healthy images only."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be of any bytes
 
 
 @app.command()
@@ -202,6 +208,7 @@ def evaluate(
 ) -> None:
     """Measure a method on the test subjects of a labelled cohort, beside the baselines that cost nothing."""
     with _one_line_errors():
+        check_result(output, [*cohort_files(cohort), *([weights] if weights else [])], "bundle", "weights_sha256")
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         if not baselines:
             override |= {"handlers::1::baselines": False, "handlers::1::mean_image": None}

@@ -194,6 +194,12 @@ def check_file(path: Path, is_ours: bool, what: str) -> None:
         raise OutputError(path, f"is there already and is not {what}", "choose another place, or move it away")
 
 
+def check_result(path: Path, inputs: Iterable[str | Path], *keys: str) -> None:
+    """Raises OutputError where a JSON file to be written is an input, or is there without these keys of a result."""
+    Inputs(inputs).check([path])
+    check_file(path, is_result(path, *keys), "an earlier result")
+
+
 def is_result(path: Path, *keys: str) -> bool:
     """Whether a file is a JSON object with these keys, as results are."""
     return path.is_file() and set(keys) <= (_read_object(path) or {}).keys()

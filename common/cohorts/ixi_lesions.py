@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..data.cohort import write_cohort
 from ..errors import CohortError
 from ..files import replacing
+from ..outputs import Inputs
 from ..transforms.brain import BrainMaskd
 from ..transforms.load import LoadImageCheckedd, read_affine
 from ..transforms.strip import Strip
@@ -119,6 +120,7 @@ def insert(
     transform = InsertLesionsd(brain_key="brain", subject_key="subject", kind=kind.value, seed=seed, atlas_mask=masks)
     item = transform(BrainMaskd("image")(loaded))
     files = {"T1": f"{name}_T1.nii.gz", "lesion": f"{name}_lesion.nii.gz"}
+    Inputs([path, *(atlas or ())]).check(output / file for file in files.values())
     save(item["image"].numpy()[0].astype("float32"), path, output / files["T1"])
     save(item["lesion"].numpy()[0].astype("uint8"), path, output / files["lesion"])
     return files
