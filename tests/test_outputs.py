@@ -126,13 +126,12 @@ DETECT = {
 }
 
 
-def refused(*arguments):
-    """The command, which must end with one line and exit code 3."""
+def refused(*arguments, error="OutputError"):
+    """What the command says, which must end with one line and exit code 3."""
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert done.exit_code == 3, done.output + repr(done.exception)
     assert done.stderr.count("\n") == 1, done.stderr
-    print("MSG", arguments[0], done.stderr)
-    assert done.stderr.startswith(("OutputError: ", "CohortError: "))
+    assert done.stderr.startswith(f"{error}: ")
     return done.stderr
 
 
@@ -150,8 +149,9 @@ def unloaded(monkeypatch):
 @pytest.mark.parametrize("kind", DETECT)
 def test_detect(kind, root, unloaded):
     image, output = DETECT[kind]
-    refused("detect", image, "-m", "dae", "-o", output)
-    refused("detect", root / image, "-m", "dae", "-o", root / output, "--overwrite")
+    error = "CohortError" if kind == "a file without a name" else "OutputError"
+    refused("detect", image, "-m", "dae", "-o", output, error=error)
+    refused("detect", root / image, "-m", "dae", "-o", root / output, "--overwrite", error=error)
 
 
 @pytest.mark.parametrize(("folder", "image", "output"), [(".", ".", ".."), (".", ".", "."), ("..", "patient1", ".")])
