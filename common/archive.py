@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile, ZipInfo
 
 from .errors import BundleError, OutputError
-from .files import replacing
+from .files import partial_folder, replacing
+from .outputs import Inputs
 from .vendor import bundle_config, is_config, named_modules
 from .weights import load_weights
 
@@ -54,6 +54,7 @@ def import_bundle(path: Path, bundles: Path) -> str:
     """
     files = read_bundle(path)
     name = _key(path, files)
+    Inputs([path]).check([bundles / name])
     kept = {place: content for place, content in files.items() if place.split("/")[0] in PARTS}
     for place in filter(is_config, kept):
         try:
@@ -183,11 +184,6 @@ def _writing(*paths: Path) -> Iterator[None]:
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder beside `folder`, which it becomes if the block succeeds."""
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with partial_folder(folder.parent, folder.name) as partial:
         yield partial
         partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from .bundle import BUNDLES_DIR, available_bundles, checked_items, load_workflow, metadata, split_settings
-from .data.cohort import cohort_modalities, read_cohort
+from .data.cohort import cohort_files, cohort_modalities, read_cohort
 from .data.labelled import check_labelled_cohort
 from .errors import CohortError, UADError
 from .files import replacing
 from .handlers.evaluation import BaselineMetrics, labelled_case, write_result
 from .metrics.bootstrap import PAIRED, paired_difference
+from .outputs import Inputs, check_file, is_result
 from .report.benchmark_table import csv_table, markdown_tables
 from .report.case import versions
 from .transforms.check import typed_errors
@@ -75,12 +76,13 @@ def run_benchmark(
             modalities are columns of the cohort.
         needs_healthy: whether a cohort without healthy test subjects is refused.
         options: of `uad evaluate`, by their names: `device`, `strip`, `register`; those left out are its defaults.
-    Raises CohortError, BundleError or SettingError.
+    Raises CohortError, BundleError, SettingError, or OutputError where something else would be written over.
     """
     chosen = [Variant.parse(method) for method in methods]
     keys = fitting_bundles(cohort, sorted({variant.bundle for variant in chosen}))
     variants = sorted(chosen or map(Variant, keys), key=lambda variant: variant.key)
     used = sorted({modality for key in keys for modality in metadata(key)["modalities"]})
+    check_output(cohort, output, variants)
     check_labelled_cohort(cohort, used, needs_healthy)
     options = dict(options or {})
     settings = {name: value for name, value in options.items() if name != "device"}  # results depend on these
@@ -118,6 +120,19 @@ def fitting_bundles(cohort: Path, methods: Sequence[str] = ()) -> list[str]:
     if not fitting:
         raise CohortError(cohort, f"no bundle works on {', '.join(sorted(columns))} alone", "see uad list")
     return fitting
+
+
+def check_output(cohort: Path, output: Path, variants: Iterable[Variant]) -> None:
+    """Raises OutputError where an input would be written over, or what is no earlier result of a benchmark."""
+    tables = [output / f"benchmark.{suffix}" for suffix in ("json", "csv", "md")]
+    results = {output / variant.key / RESULT for variant in variants}
+    results |= {path for name in ("intensity", "mean_healthy_image") for path in output.glob(f"{name}_*/{RESULT}")}
+    weights = [BUNDLES_DIR / variant.bundle / "models" / "model.pt" for variant in variants]
+    Inputs([*cohort_files(cohort), *weights]).check([*tables, *sorted(results)])
+    for table in tables:
+        check_file(table, is_result(tables[0], "cohort", "methods"), "of an earlier benchmark")
+    for result in sorted(results):
+        check_file(result, is_result(result, "key", "kind"), "an earlier result of a benchmark")
 
 
 def cohort_digest(cohort: Path, modalities: Sequence[str]) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from .data.cohort import cohort_files
 from .errors import BundleError, SettingError
+from .outputs import Inputs, check_file
 from .transforms.check import typed_errors
 
 BUNDLES_DIR = Path(__file__).resolve().parent.parent / "bundles"
@@ -135,6 +137,10 @@ def run_training(name: str, cohort: Path, output_dir: Path) -> Path:
     paths = {"cohort": str(cohort.resolve()), "output_dir": str(output_dir.resolve())}
     weights = output_dir / "model.pt"
     stages = {"train_autoencoder.json": output_dir / "model_autoencoder.pt", "train.json": weights}
+    checkpoints = [output_dir / "autoencoder", output_dir / "checkpoints"]
+    Inputs(cohort_files(cohort)).check([*checkpoints, *stages.values()])
+    for result, folder in zip(stages.values(), checkpoints, strict=True):
+        check_file(result, any(folder.glob("checkpoint_epoch=*.pt")), f"of a training with checkpoints in {folder}")
     with typed_errors():
         for config, result in stages.items():
             if (BUNDLES_DIR / name / "configs" / config).is_file() and not result.is_file():

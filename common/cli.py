@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from .archive import import_bundle
-from .batch import detect_cases
+from .batch import check_detection, detect_cases
 from .benchmark import run_benchmark
 from .bundle import (
     BUNDLES_DIR,
@@ -31,8 +32,10 @@ from .bundle import (
 )
 from .cohorts import KINDS
 from .data.cases import find_cases
+from .data.cohort import cohort_files
 from .errors import UADError
 from .export import export_bundle, export_onnx, export_torchscript
+from .outputs import check_result
 from .prepare import prepare_cohort
 from .report.html import write_report
 from .transforms.check import typed_errors
@@ -112,6 +115,9 @@ Items = Annotated[
 @app.callback()
 def main() -> None:
     """Find what is abnormal in a brain scan, with methods trained on healthy images only."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be of any bytes
 
 
 @app.command()
@@ -147,12 +153,15 @@ def detect(
     with _one_line_errors():
         mask = None if brain_mask is None else str(brain_mask)
         cases = find_cases(image, metadata(method)["modalities"], mask, series, participant_label or ())
+        own_part = _chosen_part(part)
+        others = [path for path in (*image, weights) if path and path.is_file()]
+        check_detection(output, cases, method, others, own_part)
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         override |= {"network_def::batch_size": batch_size, "task::dicom": output_format is Format.DICOM_SEG}
         with typed_errors():
             workflow = load_workflow(method, ["inference.json"], output_dir=str(output.resolve()), **override)
             workflow.initialize()
-            failed = detect_cases(workflow, cases, _chosen_part(part), overwrite)
+            failed = detect_cases(workflow, cases, own_part, overwrite)
     if failed:
         raise typer.Exit(FAILED)
 
@@ -199,6 +208,7 @@ def evaluate(
 ) -> None:
     """Measure a method on the test subjects of a labelled cohort, beside the baselines that cost nothing."""
     with _one_line_errors():
+        check_result(output, [*cohort_files(cohort), *([weights] if weights else [])], "bundle", "weights_sha256")
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         if not baselines:
             override |= {"task::baselines": False, "task::mean_image": None}

@@ -26,6 +26,7 @@ from .archive import PARTS, write_bundle, write_new, zipped
 from .errors import BundleError
 from .methods.base import AnomalyDetector, foreground_of
 from .networks.volume import VolumeDetector
+from .outputs import Inputs
 from .vendor import STANDALONE, is_config, standalone_config, vendored_files
 from .weights import load_into, load_weights
 
@@ -42,6 +43,7 @@ def export_bundle(name: str, folder: Path) -> Path:
     requirements.txt; SHA256SUMS. Returns the archive. Raises BundleError, OutputError.
     """
     metadata, root = bundle.metadata(name), bundle.BUNDLES_DIR / name
+    Inputs([root]).check([folder / name, folder / f"{name}.zip"])
     for weights in {root / "models" / "model.pt", *(root / "models").glob("*.pt")}:
         load_weights(weights)
     paths = {path.relative_to(root): path for path in root.rglob("*") if path.is_file() and path.name[0] != "."}
@@ -67,6 +69,7 @@ def export_torchscript(name: str, folder: Path) -> Path:
 
     See `SliceNetwork`; any batch size. Raises BundleError where the method does not allow it, OutputError.
     """
+    Inputs([bundle.BUNDLES_DIR / name]).check([folder / f"{name}.ts"])
     network = load_network(name)
     with _untraceable(name):
         traced = torch.jit.trace(_slice_network(network), example(network, 2), check_trace=False)
@@ -84,6 +87,7 @@ def export_onnx(name: str, folder: Path) -> Path:
     See `SliceNetwork`; any batch size. Raises BundleError where the method does not allow it, or where the packages
     of the extra `onnx` are missing; OutputError.
     """
+    Inputs([bundle.BUNDLES_DIR / name]).check([folder / f"{name}.onnx"])
     network = load_network(name)
     try:
         runtime, _ = importlib.import_module("onnxruntime"), importlib.import_module("onnxscript")

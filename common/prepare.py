@@ -12,9 +12,10 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from tqdm import tqdm
 
-from .batch import OK, StatusTable
-from .data.cohort import cohort_modalities, read_cohort, write_cohort
-from .files import replacing
+from .batch import OK, StatusTable, claimed, read_status
+from .data.cohort import cohort_files, cohort_modalities, read_cohort, write_cohort
+from .files import discard_partial, replacing
+from .outputs import RECORD, Inputs, check_file
 from .report.case import save_nifti
 from .transforms.load import load_lesion
 from .transforms.pipeline import BrainPreprocessing
@@ -27,29 +28,48 @@ def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool
     to correct the bias field. Returns how many failed; they are in `status.tsv` and not in the new cohort.
     Raises CohortError or OutputError.
     """
-    modalities = cohort_modalities(cohort)
+    modalities, table_path = cohort_modalities(cohort), output / "status.tsv"
+    items = read_cohort(cohort, modalities)
+    paths = {str(item["subject"]): prepared_files(item, modalities) for item in items}
+    check_output(cohort, output, [name for files in paths.values() for name in files.values()])
     preprocessing = BrainPreprocessing(
         spacing_mm, percentile=98.0, upper=0.8, canvas=0, channels=len(modalities), register=register, strip=strip
     )
-    failed, rows = 0, []
-    with StatusTable(output / "status.tsv") as table:
-        for item in tqdm(read_cohort(cohort, modalities), unit="subject", disable=None):
+    failed = set()
+    with StatusTable(table_path) as table:
+        for item in tqdm(claimed(output, items), total=len(items), unit="subject", disable=None):
             subject, started = str(item["subject"]), time.perf_counter()
-            names = [*modalities, "brain", *(["lesion"] if "lesion" in item else [])]
-            paths = {name: f"{subject}/{name}.nii.gz" for name in names}
+            files = [output / name for name in paths[subject].values()]
             try:
-                if not table.is_ok(subject):
-                    volumes = prepare_subject(preprocessing, item)
-                    for name, volume in zip(names, volumes, strict=True):
-                        with replacing(output / paths[name]) as temporary:
+                if not (table.is_ok(subject) and all(file.is_file() for file in files)):
+                    for file, volume in zip(files, prepare_subject(preprocessing, item), strict=True):
+                        discard_partial(file.parent, file.name)
+                        with replacing(file) as temporary:
                             save_nifti(volume, volume.affine.numpy(), temporary)
                     table.add(subject, OK, time.perf_counter() - started)
-                rows.append({"subject": subject, "split": item.get("split", ""), **paths})
             except Exception as error:
-                failed += 1
+                failed.add(subject)
                 table.add_error(subject, error, time.perf_counter() - started)
-    write_cohort(output / "cohort.csv", modalities, rows)
-    return failed
+    rows = [{"subject": str(item["subject"]), "split": str(item.get("split", ""))} for item in items]
+    prepared = [row | paths[row["subject"]] for row in rows if row["subject"] not in failed]
+    write_cohort(output / "cohort.csv", modalities, prepared)
+    return len(failed)
+
+
+def prepared_files(item: Mapping[str, Any], modalities: list[str]) -> dict[str, str]:
+    """Where the images and masks of a subject are written, by column, below the folder of the prepared cohort."""
+    names = [*modalities, "brain", *(["lesion"] if "lesion" in item else [])]
+    return {name: f"{item['subject']}/{name}.nii.gz" for name in names}
+
+
+def check_output(cohort: Path, output: Path, names: list[str]) -> None:
+    """Raises OutputError where something of the cohort would be written over, or what no earlier run has left."""
+    files = [output / name for name in ("status.tsv", "cohort.csv", *names)]
+    Inputs(cohort_files(cohort)).check(files)
+    read_status(files[0])
+    for file in files[1:]:
+        is_ours = files[0].is_file() and not (file.parent / RECORD).exists()  # the status, and no result of uad detect
+        check_file(file, is_ours, "of an earlier run of uad prepare")
 
 
 def prepare_subject(preprocessing: BrainPreprocessing, item: Mapping[str, Any]) -> list[MetaTensor]:

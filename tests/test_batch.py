@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from common.batch import StatusTable
+from common.batch import StatusTable, claimed
 from common.errors import OutputError
 
 CASES = 30
@@ -63,6 +65,113 @@ def test_table_where_nothing_can_be_written(tmp_path):
     (tmp_path / "out").write_text("a file", encoding="utf-8")
     with pytest.raises(OutputError, match="cannot be written"), StatusTable(tmp_path / "out" / "status.tsv"):
         pass
+
+
+def test_table_of_another_program_is_left_alone(tmp_path):
+    path = tmp_path / "status.tsv"
+    path.write_text("name\tmine\n", encoding="utf-8")
+    with pytest.raises(OutputError, match="not a status table"), StatusTable(path):
+        pass
+    assert path.read_text(encoding="utf-8") == "name\tmine\n"
+
+
+def test_tables_of_two_processes_are_one(tmp_path):
+    path = tmp_path / "status.tsv"
+    with StatusTable(path) as first:
+        first.add("a", "ok", 1)
+        with StatusTable(path) as second:
+            second.add("b", "ok", 1)
+            first.add("c", "ImageShapeError", 1)
+            second.add("c", "ok", 1)
+        first.add("d", "ok", 1)
+        assert first.is_ok("c")  # which the other has done again
+    assert {case: row["status"] for case, row in statuses(tmp_path).items()} == dict.fromkeys("abcd", "ok")
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 5
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_line_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys):
+    """The disk is full for a while, once in the middle of a line; at the end all lines are there."""
+    path, whole = tmp_path / "status.tsv", Path.open
+    with StatusTable(path) as table:
+        table.add("a", "ok", 1)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("b\to")  # as far as there was room
+
+        def full(self, mode="r", *arguments, **options):
+            if self == path and "a" in mode:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return whole(self, mode, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", full)
+        table.add("b", "ok", 1)
+        table.add_error("M\udcfcller", ValueError("M\udcfcller: bad"), 1)
+        monkeypatch.undo()
+        table.add("d", "ok", 1)
+        assert table.is_ok("b")
+        assert not table.is_ok("M\udcfcller")
+    said = capsys.readouterr().err
+    assert said.count("cannot be written (No space left on device)") == 2
+    assert "ValueError: M\\udcfcller: bad" in said
+    assert {case: row["status"] for case, row in statuses(tmp_path).items()} == {
+        "a": "ok",
+        "b": "ok",
+        "M\\udcfcller": "ValueError",
+        "d": "ok",
+    }
+
+
+def test_disk_that_stays_full_is_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    table = StatusTable(tmp_path / "status.tsv")
+    with pytest.raises(OutputError, match="No space left"), table:
+        monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.undo()
+    with pytest.raises(KeyError), table:  # what ended the run is not hidden by what follows from it
+        monkeypatch.setattr(Path, "write_text", full)
+        raise KeyError
+
+
+def test_cases_that_another_process_is_at_come_last(tmp_path):
+    items = [{"subject": name} for name in "abc"]
+    other = claimed(tmp_path, items)
+    assert next(other) == {"subject": "a"}
+    mine = claimed(tmp_path, items)
+    assert next(mine) == {"subject": "b"}
+    assert next(other) == {"subject": "c"}
+    other.close()
+    assert [item["subject"] for item in mine] == ["c", "a"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_cases(thin_brains, tmp_path):
+    """One of them is killed, and the rest is done; each case once, with one line."""
+    few, out = sorted(thin_brains.iterdir())[:8], tmp_path / "out"
+    command = ("detect", *few, "-m", "dae", "-o", out)
+    killed, other = uad(*command), uad(*command)
+    seen = {}
+    deadline = time.monotonic() + 240
+    while other.poll() is None and time.monotonic() < deadline:
+        for name, written in records(out).items():
+            assert seen.setdefault(name, written) == written, f"{name} was done twice"
+        if len(seen) >= 3 and killed.poll() is None:
+            killed.send_signal(signal.SIGKILL)
+        time.sleep(0.02)
+    killed.communicate()
+    assert other.communicate() and other.returncode == 0
+    assert killed.returncode == -signal.SIGKILL
+    assert set(records(out)) == {path.name.split(".")[0] for path in few}
+    again = uad(*command)
+    assert again.communicate() and again.returncode == 0
+    after = records(out)
+    assert {name: after[name] for name in seen} == seen
+    assert {case: row["status"] for case, row in statuses(out).items()} == dict.fromkeys(after, "ok")
+    assert len((out / "status.tsv").read_text(encoding="utf-8").splitlines()) == 1 + len(few)
+    assert not list(out.glob(".*"))
+    assert all(len(list((out / name).iterdir())) == 6 for name in after)
 
 
 def test_killed_run_goes_on(thin_brains, tmp_path):

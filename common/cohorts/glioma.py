@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from ..data.cohort import write_cohort
 from ..errors import CohortError
+from ..files import replacing
 from .options import DataDir, Output
 from .patients import find
 
@@ -123,5 +124,6 @@ def write(output: Path, subject: str, images: dict[str, np.ndarray[Any, Any]], a
     """Write the images of a subject and return their names."""
     names = {name: f"{subject}_{name}.nii.gz" for name in images}
     for name, image in images.items():
-        nib.save(nib.Nifti1Image(image, affine), output / names[name])
+        with replacing(output / names[name]) as temporary:
+            nib.save(nib.Nifti1Image(image, affine), temporary)
     return names

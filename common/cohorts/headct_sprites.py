@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..data.cohort import write_cohort
 from ..errors import CohortError
+from ..files import replacing
 from ..transforms.head import head_mask
 from ..transforms.sprites import DrawSprite
 from .options import DataDir, Output, Seed
@@ -94,7 +95,8 @@ def save(stack: np.ndarray, path: Path) -> None:
     """Write slices (N, 64, 64) as a volume."""
     volume = np.ascontiguousarray(stack.transpose(2, 1, 0))  # rows run to the back, columns to the left
     affine = np.diag([-SPACING_MM[0], -SPACING_MM[1], SPACING_MM[2], 1])
-    nib.save(nib.Nifti1Image(volume, affine), path)
+    with replacing(path) as temporary:
+        nib.save(nib.Nifti1Image(volume, affine), temporary)
 
 
 def split_images(names: np.ndarray) -> dict[str, np.ndarray]:

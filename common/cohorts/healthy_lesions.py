@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..data.cohort import write_cohort
 from ..errors import CohortError
 from ..files import replacing
+from ..outputs import Inputs
 from ..transforms.brain import BrainMaskd
 from ..transforms.intensity import CorrectBiasFieldd
 from ..transforms.load import LoadImageCheckedd, read_affine
@@ -189,11 +190,12 @@ def insert(
     cells = {}
     for kind, of_kind in masks.items():
         name = f"{subject}-{kind}"
-        settings = {"seed": seed, "atlas_mask": of_kind, "mni_to_subject": to_subject}
+        settings: dict[str, Any] = {"seed": seed, "atlas_mask": of_kind, "mni_to_subject": to_subject}
         transform = InsertLesionsd(brain_key="brain", subject_key="subject", kind=kind.value, **settings)
         item = transform({**corrected, "subject": name})
         change = (item["image"] - corrected["image"]) * corrected["bias_field"]  # 0 where there is no lesion
         cells[kind.value] = {"T1": f"{name}_T1.nii.gz", "lesion": f"{name}_lesion.nii.gz"}
+        Inputs([path, *(of_kind or ())]).check(output / file for file in cells[kind.value].values())
         save((loaded["image"] + change).numpy()[0].astype("float32"), path, output / cells[kind.value]["T1"])
         save(item["lesion"].numpy()[0].astype("uint8"), path, output / cells[kind.value]["lesion"])
     return cells

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..data.cohort import write_cohort
 from ..errors import CohortError
+from ..files import replacing
 from .options import DataDir, Output
 from .stacks import STACK, write_places
 
@@ -37,13 +38,19 @@ def make_oct(data_dir: DataDir, output: Output) -> None:
             subject = f"{split}_{kind.lower()}{number:04d}"
             stack = np.stack([read(path) for path in part], axis=2)
             lesion = "" if kind == HEALTHY else f"{subject}_lesion.nii.gz"
-            nib.save(nib.Nifti1Image(stack, AFFINE), output / f"{subject}.nii.gz")
+            save(stack, output / f"{subject}.nii.gz")
             if lesion:
-                nib.save(nib.Nifti1Image(np.ones_like(stack), AFFINE), output / lesion)
+                save(np.ones_like(stack), output / lesion)
             rows.append({"subject": subject, "split": split, "OCT": f"{subject}.nii.gz", "lesion": lesion})
             places[subject] = [path.name for path in part]
     write_places(output / "slices.csv", places)
     write_cohort(output / "cohort.csv", ["OCT"], rows)
+
+
+def save(stack: np.ndarray, path: Path) -> None:
+    """Write slices as a volume."""
+    with replacing(path) as temporary:
+        nib.save(nib.Nifti1Image(stack, AFFINE), temporary)
 
 
 def split_images(data: Path) -> dict[tuple[str, str], list[Path]]:

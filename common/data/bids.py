@@ -10,6 +10,7 @@ from pathlib import Path
 from .. import __version__
 from ..errors import CohortError
 from ..files import replacing
+from ..outputs import DESCRIPTION, GENERATOR
 
 ENTITY = re.compile("[a-zA-Z]+-[a-zA-Z0-9+]+")
 # suffix of each modality, and whether its file names tell of a contrast agent (entity `ce`)
@@ -18,7 +19,7 @@ MODALITIES = {"T1": ("T1w", False), "T1CE": ("T1w", True), "T2": ("T2w", False),
 
 def is_bids(folder: Path) -> bool:
     """Whether a folder is the root of a dataset."""
-    return (folder / "dataset_description.json").is_file() and any(folder.glob("sub-*"))
+    return (folder / DESCRIPTION).is_file() and any(folder.glob("sub-*"))
 
 
 def find_scans(root: Path, modalities: Sequence[str], participants: Sequence[str] = ()) -> list[dict[str, object]]:
@@ -99,14 +100,14 @@ def _item(root: Path, anat: Path, entities: str, image: str | list[str]) -> dict
 
 def write_description(folder: Path, bundle: str) -> None:
     """Write `dataset_description.json` of a derivative dataset, made by a bundle, if there is none yet."""
-    path = folder / "dataset_description.json"
+    path = folder / DESCRIPTION
     if path.exists():
         return
     description = {
         "Name": f"Anomaly detection with {bundle}",
         "BIDSVersion": "1.10.0",
         "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "uad-bundles", "Version": __version__, "Description": bundle}],
+        "GeneratedBy": [{"Name": GENERATOR, "Version": __version__, "Description": bundle}],
     }
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import CohortError, ImageFileError
+from ..outputs import is_safe_name, safe_characters
 from .bids import find_scans, is_bids
 from .cohort import read_cohort
 from .itk_image import ITK_SUFFIXES
@@ -46,9 +47,12 @@ def find_cases(
 
 
 def check_names(items: Sequence[dict[str, object]]) -> None:
-    """Every case has a name of its own, since it names a folder of the results. Raises CohortError."""
+    """Every case has a name of its own that can name a folder, as it does in the results. Raises CohortError."""
     names = Counter(item["subject"] for item in items)
     for item in items:
+        if not is_safe_name(str(item["subject"])):
+            fact = f"its name, {item['subject']!r}, cannot name the folder of its results"
+            raise CohortError(item["image"], fact, "rename it, or give a cohort CSV")
         if names[item["subject"]] > 1:
             fact = f"another image is named {item['subject']!r} too"
             raise CohortError(item["image"], fact, "rename it, or give it a folder of its own")
@@ -82,7 +86,11 @@ def _is_image(path: Path) -> bool:
 
 
 def case_name(path: str | Path) -> str:
-    """Name of a file without the suffixes of an image, or of a folder: `sub-01_T1w` for `a/sub-01_T1w.nii.gz`."""
-    name = Path(path).name or Path(path).resolve().name
+    """Name of a file without the suffixes of an image, or of a folder: `sub-01_T1w` for `a/sub-01_T1w.nii.gz`.
+
+    Of `.` and `..` that of the folder they stand for; `_` for what cannot be in a name on every system.
+    """
+    name = Path(path).name
+    name = safe_characters(Path(path).resolve().name if name in ("", "..") else name)
     suffix = max((s for s in (*IMAGE_SUFFIXES, ".dcm") if name.lower().endswith(s)), key=len, default="")
     return name[: len(name) - len(suffix)]

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..errors import CohortError
 from ..files import replacing
+from ..outputs import is_safe_name
 
 Split = Literal["train", "val", "test"]
 OTHER_COLUMNS = ("subject", "split", "site", "brain", "lesion")
@@ -59,7 +60,18 @@ def cohort_modalities(cohort: str | Path) -> list[str]:
     modalities = [column for column in read_rows(Path(cohort))[0] if column not in OTHER_COLUMNS]
     if not modalities:
         raise CohortError(cohort, "no column of a modality", "name one as the bundles do: T1, T2, FLAIR, ...")
+    if unsafe := [modality for modality in modalities if not is_safe_name(modality)]:
+        fact = f"the column {unsafe[0]!r} cannot name a file of a modality"
+        raise CohortError(cohort, fact, "name it as the bundles do: T1, T2, FLAIR, ...")
     return modalities
+
+
+def cohort_files(cohort: str | Path) -> list[Path]:
+    """The CSV itself and all files and folders that its rows name, of all splits. Raises CohortError."""
+    path = Path(cohort)
+    columns, rows = read_rows(path)
+    named = [row[column] for row in rows.values() for column in columns if column not in ("subject", "split")]
+    return [path, *(path.parent / name for name in named if name)]
 
 
 def read_rows(path: Path) -> tuple[Sequence[str], dict[int, dict[str, str]]]:
@@ -98,7 +110,7 @@ def check_subjects(path: Path, rows: Mapping[int, Mapping[str, str]]) -> None:
     seen: dict[str, int] = {}
     for number, row in rows.items():
         subject = row["subject"]
-        if not subject or subject == ".." or Path(subject).name != subject:
+        if not is_safe_name(subject):
             fact = f"subject {subject!r} cannot name a folder"
             raise cell_error(path, number, "subject", fact, "use letters, digits, - and _")
         if subject in seen:

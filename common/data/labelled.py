@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import CohortError, UADError
 from ..transforms.load import load_image, read_affine
 from .cohort import Split, cell_error, read_cohort, read_rows
+from .pointer import check_fetched
 
 SPLITS = get_args(Split)
 USED = ("train", "test")  # train: by the mean healthy image
@@ -52,6 +53,10 @@ def _check_files(path: Path, rows: Mapping[int, Mapping[str, str]], modalities: 
     cells = [(n, c, row) for n, row in rows.items() for c in (*modalities, "brain", "lesion") if row.get(c)]
     for number, column, row in cells:
         file = path.parent / row[column]
+        try:
+            check_fetched(file)
+        except UADError as error:
+            raise cell_error(path, number, column, f"{error.source}: {error.fact}", error.remedy) from error
         if not file.exists():
             raise cell_error(path, number, column, f"no such file {file}", "check the path, relative to the CSV")
         if column in modalities:

@@ -25,6 +25,7 @@ from ..metrics import DetectionMetrics, MeanHealthyImage, intensity_threshold
 from ..metrics.baselines import DIRECTIONS, Direction
 from ..metrics.paper_slices import PaperSlices
 from ..networks.volume import VolumeDetector
+from ..outputs import check_result, input_files
 from ..recorded import Recorded
 from ..report.case import versions
 from ..transforms.check import voxel_volume_ml
@@ -137,9 +138,15 @@ class Evaluate:
 
     def attach(self, engine: Engine) -> None:
         """Add the handler to an evaluator of a labelled cohort."""
+        engine.add_event_handler(Events.STARTED, self.check)
         self.run_time.attach(engine)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def check(self, engine: Engine) -> None:
+        """Before the first subject: no result is written over an input. Raises OutputError."""
+        data = getattr(getattr(engine.state.dataloader, "dataset", None), "data", ())
+        check_result(self.result, [*input_files(data), self.weights], "bundle", "weights_sha256")
 
     def __call__(self, engine: Engine) -> None:
         """Add the subjects of the batch."""

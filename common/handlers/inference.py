@@ -21,6 +21,7 @@ from ..engines import cases
 from ..errors import DicomError, OutputError
 from ..fingerprint import Fingerprint, differences
 from ..networks.volume import VolumeDetector
+from ..outputs import case_place, check_places
 from ..recorded import Recorded
 from ..report.case import Case, record_path, write_case
 from ..report.dicom import OBJECTS
@@ -89,9 +90,15 @@ class SaveDetections:
 
     def attach(self, engine: Engine) -> None:
         """Add the handler to an evaluator."""
+        engine.add_event_handler(Events.STARTED, self._check)
         engine.add_event_handler(Events.STARTED, lambda _: self.warnings)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _check(self, engine: Engine) -> None:
+        """No result is written over an input. Raises OutputError."""
+        dataset = getattr(engine.state.dataloader, "dataset", None)
+        check_places(self.output_dir, getattr(dataset, "data", ()), self.bundle, [self.weights])
 
     def _start(self, engine: Engine) -> None:
         self._started = time.perf_counter()
@@ -117,7 +124,7 @@ class SaveDetections:
 
         Raises OutputError where it is another case.
         """
-        path = record_path(*self._place(item))
+        path = record_path(*case_place(self.output_dir, item))
         if not path.is_file():
             return False
         try:
@@ -131,12 +138,6 @@ class SaveDetections:
             fact = f"holds another result ({'; '.join(others)})"
             raise OutputError(path.parent, fact, "choose another output folder, or --overwrite")
         return not self.dicom or all((path.parent / name).is_file() for name in OBJECTS)
-
-    def _place(self, item: Mapping[str, Any]) -> tuple[Path, str | None]:
-        if derivative := item.get("derivative"):
-            path = self.output_dir / str(derivative)
-            return path.parent, path.name
-        return self.output_dir / str(item["subject"]), None
 
     def __call__(self, engine: Engine) -> None:
         """Write the cases of the batch. Raises OutputError, and after the rest DicomError for DICOM objects."""
@@ -161,11 +162,11 @@ class SaveDetections:
                 "device": str(engine.state.device),  # type: ignore[attr-defined]
                 "seconds": round(time.perf_counter() - self._started, 3),
             }
-            folder, entities = self._place(batch)
+            folder, entities = case_place(self.output_dir, batch)
             try:
-                failure = write_case(folder, entities, case, output["threshold"], self.network.calibration, run)
                 if entities is not None:
                     write_description(self.output_dir, self.bundle)
+                failure = write_case(folder, entities, case, output["threshold"], self.network.calibration, run)
             except OSError as error:
                 fact = f"cannot be written ({error.strerror or error})"
                 raise OutputError(folder, fact, "choose another output folder, or make room in it") from error

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any, cast
+from zipfile import is_zipfile
 
 import torch
 from ignite.engine import Engine, Events
@@ -22,6 +23,7 @@ from ..distributed import is_main_process
 from ..files import replacing
 from ..networks.latent_space import LatentSpace
 from ..networks.volume import VolumeDetector
+from ..outputs import check_file
 from ..weights import load_into, save_weights
 
 SLICES_FOR_SCALE = 1024
@@ -114,11 +116,18 @@ def _epoch(path: Path) -> int:
 
 
 class _WhenCompleted:
-    """A handler that writes something when training completes, from one process only."""
+    """A handler that writes weights when training completes, from one process only."""
+
+    path: str
 
     def attach(self, engine: Engine) -> None:
         """Add the handler to a trainer."""
+        engine.add_event_handler(Events.STARTED, self.check)
         engine.add_event_handler(Events.COMPLETED, self)
+
+    def check(self, engine: Engine) -> None:
+        """Before the first epoch: only weights are written over. Raises OutputError."""
+        check_file(Path(self.path), is_zipfile(self.path), "a file of weights")
 
     def __call__(self, engine: Engine) -> None:
         """Write."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,12 +19,12 @@ from .. import __version__
 from ..calibration import Calibration
 from ..data.dicom import Series
 from ..errors import DicomError
+from ..files import partial_folder
+from ..outputs import BIDS_NAMES, RECORD, check_case_folder, put_in_place
 from ..transforms.check import voxel_volume_ml
 from ..transforms.registration import write_tfm
 from .dicom import save_dicom
 from .preview import save_preview
-
-RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -52,18 +51,6 @@ def versions() -> dict[str, str]:
     return {"uad-bundles": __version__} | {name: version(name) for name in ("torch", "monai", "numpy", "nibabel")}
 
 
-# the outputs of a case of a BIDS dataset, after its entities
-BIDS_NAMES = {
-    "anomaly_map.nii.gz": "desc-anomaly_map.nii.gz",
-    "segmentation.nii.gz": "desc-anomaly_mask.nii.gz",
-    "reconstruction.nii.gz": "desc-reconstruction_map.nii.gz",
-    "lesions.csv": "desc-anomaly_lesions.csv",
-    "preview.png": "desc-anomaly_preview.png",
-    "to_mni.tfm": "desc-anomaly_xfm.tfm",
-    RECORD: "desc-anomaly_run.json",
-}
-
-
 def record_path(folder: Path, entities: str | None = None) -> Path:
     """Where the run.json of a case is, which is written last; `entities` of a case of a BIDS dataset."""
     return folder / (RECORD if entities is None else f"{entities}_{BIDS_NAMES[RECORD]}")
@@ -77,29 +64,25 @@ def write_case(
     calibration: Calibration,
     run: Mapping[str, Any],
 ) -> DicomError | None:
-    """Write the files of a case; an older one is replaced.
+    """Write the files of a case; an earlier result of it is replaced.
 
     anomaly_map.nii.gz (float32, raw), segmentation.nii.gz (uint8), reconstruction.nii.gz (float32, input's units),
     lesions.csv, run.json, preview.png; to_mni.tfm where the case was registered, segmentation.dcm and anomaly_map.dcm
     where they are wanted. If these cannot be made, the others are written, with the reason among the warnings of
     run.json, and the error is returned. The folder appears whole or not at all. With `entities` (`sub-01_ses-1`) the
     files get the names of a BIDS derivative in a folder that is shared with other scans, whole files, run.json last.
+    Raises OutputError where the folder holds anything else than an earlier result of the case.
     """
-    partial = folder.with_name(f".partial-{entities or folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with partial_folder(folder.parent, entities or folder.name) as partial:
         failure = write_files(partial, case, threshold, calibration, run)
         if entities is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            check_case_folder(folder, case.subject, str(run["bundle"]))
+            put_in_place(partial, folder)
         else:
             record_path(folder, entities).unlink(missing_ok=True)
             folder.mkdir(exist_ok=True)
             for path in sorted(partial.iterdir(), key=lambda path: path.name == RECORD):
                 path.replace(folder / f"{entities}_{BIDS_NAMES[path.name]}")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return failure
 
 
@@ -123,7 +106,7 @@ def write_files(
     save_preview(case, threshold, folder / "preview.png")
     found = describe(case, threshold, calibration, lesions)
     warnings = [*run.get("warnings", []), *found["warnings"], *([str(failure)] if failure else [])]
-    record = {**run, **found, "warnings": warnings}
+    record = {"subject": case.subject, **run, **found, "warnings": warnings}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return failure
 

@@ -15,11 +15,11 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import OutputError, ResultError
 from ..files import replacing
+from ..outputs import GENERATOR, REPORT, check_file
 from .benchmark_page import benchmark_content
 from .results import CaseFiles, Outcome, mni_point, read_lesions, read_outcomes, read_run, read_to_mni, records_in
 from .viewer import NIIVUE_VERSION, STATIC, niivue, viewer_data
 
-REPORT = "report.html"
 OK = "ok"
 MAX_LESIONS = 200  # rows in a case's page; all are in lesions.csv
 MAX_MOSAICS = 100  # in a cohort's page: those with the highest scores; the others have the small picture
@@ -35,6 +35,7 @@ def write_report(folder: str | Path, scan: str | Path | None = None) -> Path:
     and UADError where the scan cannot be read.
     """
     folder = Path(folder)
+    check_file(folder / REPORT, _is_report(folder / REPORT), "a report of this program")
     page = render(folder, None if scan is None else Path(scan))
     try:
         with replacing(folder / REPORT) as temporary:
@@ -43,6 +44,11 @@ def write_report(folder: str | Path, scan: str | Path | None = None) -> Path:
         fact = f"cannot be written ({error.strerror or error})"
         raise OutputError(folder / REPORT, fact, "make room, or copy the folder to where you may write") from error
     return folder / REPORT
+
+
+def _is_report(path: Path) -> bool:
+    marker = f'<meta name="generator" content="{GENERATOR}">'
+    return path.is_file() and marker.encode() in path.read_bytes()[:4096]
 
 
 def render(folder: Path, scan: Path | None = None) -> str:
@@ -172,4 +178,5 @@ def _page(template: str, scripts: list[str], with_viewer: bool = False, **conten
         scripts=[Markup(source) for source in sources],  # noqa: S704 files of this package, nothing of a result
         script_hashes=hashes,
         niivue_version=NIIVUE_VERSION,
+        generator=GENERATOR,
     )

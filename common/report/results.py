@@ -13,7 +13,7 @@ from typing import Any
 from monai.utils import optional_import
 
 from ..errors import ResultError
-from .case import BIDS_NAMES, RECORD
+from ..outputs import BIDS_NAMES, RECORD
 
 sitk, _ = optional_import("SimpleITK")
 

@@ -22,6 +22,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from ..data.dicom import choose_series, read_series
 from ..data.itk_image import ITK_SUFFIXES, MAX_VOXELS, read_itk
+from ..data.pointer import check_fetched
 from ..errors import CohortError, ImageFileError, ImageGeometryError, ImageIntensityError, ImageShapeError
 from ..weights import digest
 from .check import check_geometry, check_intensity, check_shape, same_grid
@@ -69,6 +70,7 @@ def load_image(path: str | Path, series: str | None = None) -> MetaTensor:
     """
     path = Path(path)
     try:
+        check_fetched(path)
         if not path.exists():
             raise ImageFileError(path, "no such file", "check the path")
         if path.is_dir() or path.suffix.lower() == ".dcm":

@@ -118,13 +118,15 @@ def test_cohort_that_is_no_utf8_is_refused(tmp_path, content):
         read_cohort(path, ["T1"])
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "/", "a/b", "/a", "a/", "../a"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "/", "a/b", "/a", "a/", "../a", "..a", ".partial-a", "a\\b", "a\nb", "a\x1bb", "a\udcfcb"]
+)
 def test_names_that_leave_the_folder_are_refused(name):
     with pytest.raises(CohortError, match="cannot name a folder"):
         check_subjects(Path("cohort.csv"), {2: {"subject": "ok"}, 3: {"subject": name}})
 
 
-@pytest.mark.parametrize("name", ["sub-01", "IXI012-HH-1211-T1", "a.b", "..a", "Jürgen 2"])
+@pytest.mark.parametrize("name", ["sub-01", "IXI012-HH-1211-T1", "a.b", "a..", "Jürgen 2", "脳"])
 def test_names_that_are_allowed(name):
     check_subjects(Path("cohort.csv"), {2: {"subject": name}, 3: {"subject": "other"}})
 
