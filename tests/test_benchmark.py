@@ -15,6 +15,7 @@ from common.bundle import BUNDLES_DIR, available_bundles, metadata
 from common.cli import app
 from common.errors import BundleError, CohortError, SkullStripError
 from common.report.benchmark_table import cell, size_label
+from common.transforms.pipeline import BrainPreprocessing
 from common.weights import sha256
 
 METHOD = "vae"
@@ -121,6 +122,28 @@ def test_configs_that_change_are_measured_again(measured, cohort, tmp_path, monk
     assert benchmark.run_benchmark(cohort, measured, [METHOD], seed=3) == 1
     for name, content in before.items():
         (measured / f"benchmark.{name}").write_bytes(content)
+
+
+def test_settings_that_change_in_the_code_are_measured_again(measured, cohort, monkeypatch):
+    def again(variant, *_):
+        raise benchmark.MethodFailedError("was run again")
+
+    monkeypatch.setattr(benchmark, "evaluate_apart", again)
+    before = {name: (measured / f"benchmark.{name}").read_bytes() for name in ("json", "csv", "md")}
+    assert benchmark.run_benchmark(cohort, measured, [METHOD], seed=3) == 0
+    monkeypatch.setattr(BrainPreprocessing, "settings", {"spacing_mm": 3})
+    assert benchmark.run_benchmark(cohort, measured, [METHOD], seed=3) == 1
+    for name, content in before.items():
+        (measured / f"benchmark.{name}").write_bytes(content)
+
+
+def test_setting_that_a_method_cannot_work_with_stops_no_other(measured, cohort, monkeypatch):
+    before = (measured / "benchmark.json").read_bytes()
+    broken = f"{METHOD}:network_def::num_seeds=0"
+    assert benchmark.run_benchmark(cohort, measured, [METHOD, broken], seed=3) == 1
+    (message,) = read(measured / "benchmark.json")["failed"].values()
+    assert message.startswith("SettingError: VolumeDetector: num_seeds = 0")
+    (measured / "benchmark.json").write_bytes(before)
 
 
 def test_images_that_change_are_measured_again(cohort, tmp_path):
