@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..calibration import Calibration
 from ..errors import BundleError
+from ..recorded import Recorded
 from ..weights import load_weights
 from .check import voxel_volume_ml
 
@@ -76,7 +77,7 @@ def _input_grid(image: MetaTensor, mask: MetaTensor) -> dict[str, Any]:
     return {"dst_affine": torch.as_tensor(to_mni) @ mask.affine, "spatial_size": mask.shape[1:]}
 
 
-class SegmentAnomaliesd(MapTransform):
+class SegmentAnomaliesd(Recorded, MapTransform):
     """Add `segmentation`: what exceeds the `threshold`, which is added too; uint8, small components removed.
 
     Args:
