@@ -21,13 +21,14 @@ from .data.cohort import cohort_files, cohort_modalities, read_cohort
 from .data.labelled import check_labelled_cohort
 from .errors import CohortError, UADError
 from .files import replacing
+from .fingerprint import Fingerprint
 from .handlers.evaluation import BaselineMetrics, labelled_case, write_result
 from .metrics.bootstrap import PAIRED, paired_difference
 from .outputs import Inputs, check_file, is_result
 from .report.benchmark_table import csv_table, markdown_tables
 from .report.case import versions
 from .transforms.check import typed_errors
-from .weights import digest, sha256
+from .weights import digest
 
 RESULT = "result.json"
 Options = Mapping[str, str | bool]
@@ -36,7 +37,11 @@ LONG = ("curves", "slice_scores", "replicates")  # for pictures and comparisons:
 
 @dataclass(frozen=True)
 class Variant:
-    """A bundle, and items of its inference.json that are other than shipped; the threshold stays the shipped one."""
+    """A bundle, and items of its inference.json that are other than shipped.
+
+    The threshold stays the calibrated one, unless an item gives another; the result's `warnings` say where that is not
+    of these settings.
+    """
 
     bundle: str
     items: tuple[str, ...] = ()  # ITEM=VALUE
@@ -90,11 +95,10 @@ def run_benchmark(
     failed: dict[str, str] = {}
     results = measure_baselines(cohort, output, keys, identity, failed)
     for variant in variants:
-        key, weights = variant.key, BUNDLES_DIR / variant.bundle / "models" / "model.pt"
-        own = {**identity, "bundle": variant.bundle, "items": list(variant.items)}
+        key, own = variant.key, {**identity, "bundle": variant.bundle, "items": list(variant.items)}
         own["config_sha256"] = config_digest(variant.bundle)
-        own["weights_sha256"] = sha256(weights) if weights.is_file() else None
         try:
+            own["fingerprint"] = fingerprint(variant, seed, settings)
             results[key] = finished(output / key, own) or evaluate_apart(variant, cohort, output / key, own, options)
         except MethodFailedError as error:
             failed[key] = str(error)
@@ -147,8 +151,24 @@ def config_digest(bundle: str) -> str:
     return digest([BUNDLES_DIR / bundle / "configs" / name for name in ("inference.json", "evaluate.json")])
 
 
+def fingerprint(variant: Variant, seed: int, options: Options) -> str:
+    """The digest of what its maps depend on, weights and settings. Raises MethodFailedError."""
+    override = checked_items(variant.bundle, variant.items) | {"network_def::seed": seed}
+    override |= {f"preprocessing::{name}": value for name, value in options.items()}
+    try:
+        with typed_errors():
+            workflow = load_workflow(variant.bundle, ["inference.json"], **override)
+            workflow.initialize()
+            parts = map(workflow.parser.get_parsed_content, ("network_def", "preprocessing", "weights"))
+            return Fingerprint.of(*parts).digest
+    except UADError as error:
+        message = f"{type(error).__name__}: {error}"
+        say(f"{variant.key}: failed: {message}")
+        raise MethodFailedError(message) from error
+
+
 def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result in a folder, if it is that of these weights and configs, this cohort, seed and options."""
+    """The result in a folder, if it is that of these weights and settings, this cohort, seed and options."""
     try:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

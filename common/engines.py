@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
 from .errors import UADError
-from .transforms.check import typed_errors
+from .transforms.check import root_cause, typed_errors
 
 
 class Bfloat16Inferer(SimpleInferer):
@@ -45,6 +47,25 @@ def run_or_exit(evaluator: DetectionEvaluator) -> None:
         evaluator.run()
     except UADError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+def one_line_errors() -> None:
+    """End the process with one line instead of a traceback where an object of a config cannot be made.
+
+    For the `initialize` of a config: `run_or_exit` is called after that. Other errors keep their traceback.
+    """
+    if getattr(sys.excepthook, "__module__", "") == __name__:
+        return
+    others = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        cause = root_cause(error)
+        if isinstance(cause, UADError):
+            print(f"{type(cause).__name__}: {cause}", file=sys.stderr)
+        else:
+            others(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def cases(engine: Engine) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

@@ -1,9 +1,10 @@
-"""Whether an argument is of the type that its annotation names: configs and command lines give any JSON value."""
+"""Settings of the wrong type, in one line: configs and command lines give any JSON value to any argument."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
@@ -11,7 +12,23 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import SettingError
 
+UNMADE = re.compile(r"Failed to (?:instantiate component '([\w.]+)'|evaluate ConfigExpression:\s*\"\$(.*)\")")
+RUNS = ("run_or_exit", ".run()")  # what fails in there has other reasons than a setting
 NAMES = {float: "a number", int: "an integer", bool: "true or false", str: "text", type(None): "null"}
+
+
+def setting_error(error: BaseException) -> SettingError | None:
+    """What MONAI raised because an object of a config cannot be made of its settings, in one line; None for another."""
+    while (cause := error.__cause__) is not None:
+        found = UNMADE.match(str(error))
+        if found and not UNMADE.match(str(cause)) and isinstance(cause, (TypeError, ValueError, RuntimeError)):
+            what = re.sub(r"__local_refs\['([^']*)'\]", r"@\1", found[1] or found[2])
+            if what.endswith(RUNS):
+                return None
+            fact = f"cannot be made of the given settings ({type(cause).__name__}: {cause})"
+            return SettingError(what, fact, "give values of the types that configs/inference.json has")
+        error = cause
+    return None
 
 
 def check_types(cls: type, parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> None:
@@ -45,7 +62,7 @@ def fits(value: Any, hint: Any) -> bool:
         return not is_other and all(any(fits(item, element) for element in elements) for item in items)
     if origin in (Mapping, dict):
         return isinstance(value, Mapping)
-    return not isinstance(value, (bool, int, float, str)) if isinstance(hint, type) else True
+    return not isinstance(hint, type) or isinstance(value, hint) or not isinstance(value, (bool, int, float, str))
 
 
 def describe_type(hint: Any) -> str:
@@ -56,7 +73,7 @@ def describe_type(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe_type(argument) for argument in arguments)
     if origin in (Sequence, list, tuple):
-        return f"a list of {describe_type(arguments[0])}"
+        return f"a list, each item {describe_type(arguments[0])}"
     return NAMES.get(hint, f"a {getattr(hint, '__name__', hint)}")
 
 

@@ -15,6 +15,7 @@ from common.bundle import BUNDLES_DIR, available_bundles, metadata
 from common.cli import app
 from common.errors import BundleError, CohortError, SkullStripError
 from common.report.benchmark_table import cell, size_label
+from common.transforms.pipeline import BrainPreprocessing
 from common.weights import sha256
 
 METHOD = "vae"
@@ -22,12 +23,18 @@ BASELINES = {"intensity_dark_T1", "intensity_bright_T1", "mean_healthy_image_T1"
 
 
 @pytest.fixture(scope="module")
-def measured(cohort, tmp_path_factory):
+def measured_once(cohort, tmp_path_factory):
     """The folder of a benchmark of one method."""
     output = tmp_path_factory.mktemp("benchmark") / "results"
     done = CliRunner().invoke(app, ["benchmark", str(cohort), "-o", str(output), "-m", METHOD, "--seed", "3"])
     assert done.exit_code == 0, done.output
     return output
+
+
+@pytest.fixture
+def measured(measured_once, tmp_path):
+    """The same, of this test alone."""
+    return shutil.copytree(measured_once, tmp_path / "measured")
 
 
 def read(path):
@@ -114,13 +121,27 @@ def test_configs_that_change_are_measured_again(measured, cohort, tmp_path, monk
     monkeypatch.setattr("common.bundle.BUNDLES_DIR", tmp_path)
     monkeypatch.setattr(benchmark, "BUNDLES_DIR", tmp_path)
     monkeypatch.setattr(benchmark, "evaluate_apart", again)
-    before = {name: (measured / f"benchmark.{name}").read_bytes() for name in ("json", "csv", "md")}
     assert benchmark.run_benchmark(cohort, measured, [METHOD], seed=3) == 0
     config = tmp_path / METHOD / "configs" / "inference.json"
     config.write_bytes(config.read_bytes() + b" ")
     assert benchmark.run_benchmark(cohort, measured, [METHOD], seed=3) == 1
-    for name, content in before.items():
-        (measured / f"benchmark.{name}").write_bytes(content)
+
+
+def test_settings_that_change_in_the_code_are_measured_again(measured, cohort, monkeypatch):
+    def again(variant, *_):
+        raise benchmark.MethodFailedError("was run again")
+
+    monkeypatch.setattr(benchmark, "evaluate_apart", again)
+    assert benchmark.run_benchmark(cohort, measured, [METHOD], seed=3) == 0
+    monkeypatch.setattr(BrainPreprocessing, "settings", {"spacing_mm": 3})
+    assert benchmark.run_benchmark(cohort, measured, [METHOD], seed=3) == 1
+
+
+def test_setting_that_a_method_cannot_work_with_stops_no_other(measured, cohort):
+    broken = f"{METHOD}:network_def::num_seeds=0"
+    assert benchmark.run_benchmark(cohort, measured, [METHOD, broken], seed=3) == 1
+    (message,) = read(measured / "benchmark.json")["failed"].values()
+    assert message.startswith("SettingError: VolumeDetector: num_seeds = 0")
 
 
 def test_images_that_change_are_measured_again(cohort, tmp_path):
@@ -141,13 +162,11 @@ def test_a_method_that_fails_stops_no_other(measured, cohort, monkeypatch, capsy
     monkeypatch.setattr(benchmark, "evaluate_apart", fails)
     other = next(key for key in available_bundles() if metadata(key)["modalities"] == ["T1"] and key < METHOD)
     monkeypatch.setattr(benchmark, "run_baselines", lambda *_: {})
-    before = (measured / "benchmark.json").read_bytes()
     assert benchmark.run_benchmark(cohort, measured, [other, METHOD], seed=3) == 1
     table = read(measured / "benchmark.json")
     assert table["failed"] == {other: f"{other} is broken"}
     assert METHOD in {method["key"] for method in table["methods"]}
     assert f"{other} is broken" in (measured / "benchmark.md").read_text(encoding="utf-8")
-    (measured / "benchmark.json").write_bytes(before)
 
 
 def test_images_that_no_method_can_prepare(measured, cohort, monkeypatch, tmp_path):
@@ -215,7 +234,6 @@ def test_labels_of_sizes():
 
 
 def test_a_variant_of_a_bundle_has_a_row_of_its_own(measured, cohort):
-    before = (measured / "benchmark.json").read_bytes()
     smooth = f"{METHOD}:network_def::sigma_px=2,network_def::mirror=true"
     done = CliRunner().invoke(
         app, ["benchmark", str(cohort), "-o", str(measured), "-m", METHOD, "-m", smooth, "--seed", "3"]
@@ -227,7 +245,6 @@ def test_a_variant_of_a_bundle_has_a_row_of_its_own(measured, cohort):
     assert methods[key]["items"] == ["network_def::sigma_px=2", "network_def::mirror=true"]
     assert methods[key]["auprc"]["value"] != methods[METHOD]["auprc"]["value"]
     assert (measured / key / "result.json").is_file()
-    (measured / "benchmark.json").write_bytes(before)
 
 
 @pytest.mark.parametrize(

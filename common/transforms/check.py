@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from ..errors import ImageGeometryError, ImageIntensityError, ImageShapeError, UADError
+from ..type_check import setting_error
 from .background import background
 
 VOXEL_SIZE_MM = (0.1, 20.0)
@@ -39,13 +40,16 @@ def same_grid(a: MetaTensor, b: MetaTensor) -> bool:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The `UADError` inside the RuntimeErrors that MONAI wraps around whatever a transform raises, or the error."""
+    """The `UADError` inside the RuntimeErrors that MONAI wraps around whatever a transform raises, or the error.
+
+    A SettingError where a config holds what its objects cannot be made of.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UADError):
             return cause
         cause = cause.__cause__
-    return error
+    return setting_error(error) or error
 
 
 @contextmanager

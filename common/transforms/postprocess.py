@@ -20,6 +20,7 @@ from ..detection.normalisation import WithinSubjectNormalisation
 from ..detection.reliability import doubts, verdict
 from ..errors import BundleError
 from ..methods.base import foreground_of
+from ..recorded import Recorded
 from ..weights import load_weights
 from .check import voxel_volume_ml
 from .tissue import destandardised
@@ -156,7 +157,7 @@ def _input_grid(image: MetaTensor, mask: MetaTensor) -> dict[str, Any]:
     return {"dst_affine": torch.as_tensor(to_mni) @ mask.affine, "spatial_size": mask.shape[1:]}
 
 
-class SegmentAnomaliesd(MapTransform):
+class SegmentAnomaliesd(Recorded, MapTransform):
     """Add `segmentation`: what exceeds the `threshold`, which is added too; uint8, small components removed.
 
     Args:
