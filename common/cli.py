@@ -329,12 +329,15 @@ def _chosen_part(text: str | None) -> tuple[int, int]:
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
+    before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # what MONAI and ignite say of a failed case is said once, here
     try:
         yield
     except UADError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise typer.Exit(FAILED) from None
+    finally:
+        logging.disable(before)
 
 
 for _kind, _make in KINDS.items():

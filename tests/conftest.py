@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gc
+import logging
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +15,8 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk  # noqa: N813 - its own name for itself
+import torch
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
@@ -67,6 +72,40 @@ class Phantom:
         matrix = (np.eye(3) if rotation is None else rotation) @ np.diag(spacing_mm)
         affine = nib.affines.from_matvec(matrix, np.asarray(self.centre_mm) - matrix @ ((shape - 1) / 2))
         return tuple(shape), affine.astype(np.float32).astype(np.float64)  # as NIfTI keeps it
+
+
+def pytest_collection_finish():
+    """What was imported stays anyway: without this pytest and Python search it for garbage for seconds at the end."""
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Each test, and each fixture that is made for it, draws the same numbers whatever ran before."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+OF_OTHERS = ("PYTEST_", "TORCHINDUCTOR_")  # torch sets the latter when a part of it is imported
+
+
+def state_of_the_process():
+    """What a test could leave behind for the next one."""
+    return {
+        "working directory": Path.cwd(),
+        "sys.path": tuple(sys.path),
+        "logging": logging.root.manager.disable,
+        "threads": (torch.get_num_threads(), sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()),
+        "torch": (torch.get_default_dtype(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()),
+    } | {f"${name}": value for name, value in os.environ.items() if not name.startswith(OF_OTHERS)}
+
+
+@pytest.fixture(autouse=True)
+def _process_is_left_as_it_was():
+    """A test that changes what others see too fails itself, instead of one that runs later."""
+    before = state_of_the_process()
+    yield
+    assert dict(state_of_the_process().items() ^ before.items()) == {}
 
 
 @pytest.fixture(scope="session")

@@ -84,11 +84,12 @@ def test_evaluate_writes_the_metrics(cohort, tmp_path):
 
 
 def test_list_is_what_the_metadata_say():
-    listed = json.loads(uad("list", "--json").stdout)
+    listed = json.loads(CliRunner().invoke(app, ["list", "--json"]).output)
     assert [about["key"] for about in listed] == available_bundles()
     for about in listed:
         assert {"title", "modalities", "space", "run_time", "weights_license", "weights_mb"} <= set(about)
-    assert all(key in uad("list").stdout for key in available_bundles())
+    text = CliRunner().invoke(app, ["list"]).output
+    assert all(key in text for key in available_bundles())
 
 
 def test_prepare_and_train(cohort, tmp_path, monkeypatch):
