@@ -15,7 +15,8 @@ PURE = {"bool", "dict", "float", "int", "len", "list", "max", "min", "range", "r
 ACTIONS = re.compile(r"^_|^(load|save|hub|open|mkdir|makedirs|write.*|read.*|unlink|remove.*|rename|system|compile)$")
 REFERENCE = re.compile(r"[@%][\w:#]+")
 POSITION = re.compile(r"(::|#)\d")
-TRAINED_BY = {"trainer": "common.training.ObjectiveTrainer", "evaluator": "common.training.ObjectiveEvaluator"}
+TRAINER = "common.training.ObjectiveTrainer"
+EVALUATOR = "common.training.ObjectiveEvaluator"
 
 
 @pytest.fixture(scope="session")
@@ -150,6 +151,6 @@ def test_workflows_name_this_bundle(configs, bundle):
 def test_every_stage_is_trained_by_the_common_engines(configs):
     for name, config in configs.items():
         if name.startswith("train"):
-            engines = {"trainer": config["train"]["trainer"], "evaluator": config["validate"]["evaluator"]}
-            assert {key: engine["_target_"] for key, engine in engines.items()} == TRAINED_BY, name
-            assert engines["trainer"]["evaluator"] == "@validate::evaluator", name
+            assert config["train"]["trainer"]["_target_"] == TRAINER, name
+            assert config["train"]["trainer"]["evaluator"] == "@validate::evaluator", name
+            assert config["validate"]["evaluator"]["_target_"] == EVALUATOR, name
