@@ -1,32 +1,17 @@
-"""What the bundles need beside MONAI's engines: bfloat16 on any device, and errors that keep their type."""
+"""The evaluator of the bundles: errors keep their type."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-import torch
 from ignite.engine import Engine
-from ignite.metrics import Average
 from monai.engines import SupervisedEvaluator
-from monai.inferers import SimpleInferer
-from torch import Tensor, nn
 
 from .errors import UADError
 from .transforms.check import root_cause, typed_errors
-
-
-class Bfloat16Inferer(SimpleInferer):
-    """Calls the network under bfloat16 autocast; unlike the engines' `amp` also on the CPU, where it is 2 to 3 times
-    faster on processors with bfloat16 instructions. Not for inference: maps stay in float32."""
-
-    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The network's output, losses in float32."""
-        device = next(network.parameters()).device.type if isinstance(network, nn.Module) else inputs.device.type
-        with torch.autocast(device, torch.bfloat16):
-            return network(inputs, *args, **kwargs)
 
 
 class DetectionEvaluator(SupervisedEvaluator):
@@ -73,18 +58,3 @@ def cases(engine: Engine) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     batch: Any = engine.state.batch
     output: Any = engine.state.output
     return zip(batch, output, strict=True)
-
-
-def total_loss(losses: dict[str, Tensor], target: None) -> Tensor:
-    """`loss_function` of the trainers: a training objective returns its losses itself."""
-    return losses["loss"]
-
-
-def mean_loss(key: str = "loss") -> Average:
-    """Metric: mean of one of the objective's losses over the batches of an epoch."""
-    return Average(output_transform=lambda output: output["pred"][key].item())
-
-
-def is_lower(loss: float, best: float) -> bool:
-    """`metric_cmp_fn` of the validation: of two losses the lower is better, where MONAI takes the higher for it."""
-    return loss < best

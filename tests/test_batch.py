@@ -233,8 +233,9 @@ def test_parts_and_overwrite(thin_brains, tmp_path):
     assert detect(few[0], "-o", out, "--overwrite").exit_code == 0
     assert {name for name, written in records(out).items() if written != before[name]} == {"00"}
 
-from common.batch import StatusTable, claimed
-from common.cli import app
+    other = detect(few[1], "-o", out, "--seed", "5")  # another result is not given for this one
+    assert other.exit_code == 3
+    assert all(words in other.output for words in ("OutputError", "seed: 0 before, 5 now", "--overwrite"))
     assert records(out)["01"] == before["01"]
 
 

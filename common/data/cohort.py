@@ -55,6 +55,12 @@ def read_cohort(
     return datalist
 
 
+def healthy_subjects(cohort: str | Path, modalities: Sequence[str]) -> dict[Split, list[dict[str, object]]]:
+    """`read_cohort` of the healthy subjects of `train` and `val`, what a method is trained on. Raises CohortError."""
+    splits: tuple[Split, ...] = ("train", "val")
+    return {split: read_cohort(cohort, modalities, split, healthy=True) for split in splits}
+
+
 def cohort_modalities(cohort: str | Path) -> list[str]:
     """The modalities of a cohort CSV: its columns beside those that every cohort has. Raises CohortError."""
     modalities = [column for column in read_rows(Path(cohort))[0] if column not in OTHER_COLUMNS]

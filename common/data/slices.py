@@ -7,6 +7,10 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from monai.data import DataLoader as SeedingDataLoader
+from monai.data import DistributedSampler
+from monai.transforms import Compose
 from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -22,27 +26,27 @@ class SliceDataset(Dataset):
 
     Args:
         data: MONAI datalist of volumes.
-        transform: brings an item of it to `image` (C, H, W, D), all of one H and W.
+        preprocessing: brings an item of it to `image` (C, H, W, D), all of one H and W.
         axis: spatial axis along which slices are taken.
         min_foreground: slices with fewer foreground pixels are left out; the tip of a brain teaches little.
-        augmentation: MONAI dictionary transform of an item, drawn anew each time.
+        augmentation: MONAI dictionary transforms of an item, drawn anew each time.
     """
 
     def __init__(
         self,
         data: Sequence[dict[str, Any]],
-        transform: Callable[[dict[str, Any]], dict[str, Any]],
+        preprocessing: Callable[[dict[str, Any]], dict[str, Any]],
         axis: int = 2,
         min_foreground: int = 1,
-        augmentation: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        augmentation: Sequence[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None,
     ) -> None:
         volumes = []
         for item in tqdm(data, desc="prepare"):
-            slices = transform(item)["image"].as_tensor().movedim(axis + 1, 0)
+            slices = preprocessing(item)["image"].as_tensor().movedim(axis + 1, 0)
             enough = (slices > 0).any(dim=1).flatten(1).sum(dim=1) >= min_foreground
             volumes.append(slices[enough].half())
         self.images = torch.cat(volumes)
-        self.augmentation = augmentation
+        self.augmentation = Compose(augmentation) if augmentation else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,17 +90,46 @@ class LatentDataset(Dataset):
         }
 
 
-def prepare_slices(
-    batch: dict[str, Tensor], device: torch.device, non_blocking: bool = False, **kwargs: Any
-) -> tuple[Tensor, None, tuple, dict[str, Any]]:
-    """`prepare_batch` of the trainers for `SliceDataset`: the objective is called with images and foreground."""
-    image, foreground = (batch[key].to(device, non_blocking=non_blocking) for key in ("image", "foreground"))
-    return image, None, (), {"foreground": foreground, **kwargs}
+def latents(
+    data: Sequence[dict[str, Any]],
+    preprocessing: Callable[[dict[str, Any]], dict[str, Any]],
+    latent_space: LatentSpace,
+    augmentation: Sequence[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None,
+    copies: int = 1,
+) -> LatentDataset:
+    """The `LatentDataset` of the `SliceDataset` of volumes."""
+    return LatentDataset(SliceDataset(data, preprocessing, augmentation=augmentation), latent_space, copies)
 
 
-def prepare_latents(
+def shuffled(dataset: Dataset, batch_size: int, **settings: Any) -> DataLoader:
+    """Loader of a training: full batches in random order, of which each process of `torchrun` gets its own share.
+
+    settings: further ones of `monai.data.DataLoader`, which also seeds the augmentation.
+    """
+    sampler = _share(dataset, shuffle=True)
+    return SeedingDataLoader(
+        dataset, batch_size=batch_size, shuffle=sampler is None, sampler=sampler, drop_last=True, **settings
+    )
+
+
+def in_order(dataset: Dataset, batch_size: int, **settings: Any) -> DataLoader:
+    """Loader of a validation: everything once, of which each process of `torchrun` gets its own share."""
+    return SeedingDataLoader(dataset, batch_size=batch_size, sampler=_share(dataset, shuffle=False), **settings)
+
+
+def _share(dataset: Dataset, shuffle: bool) -> DistributedSampler | None:
+    return DistributedSampler(dataset, even_divisible=True, shuffle=shuffle) if dist.is_initialized() else None
+
+
+def prepare_batch(
     batch: dict[str, Tensor], device: torch.device, non_blocking: bool = False, **kwargs: Any
-) -> tuple[None, None, tuple, dict[str, Any]]:
-    """`prepare_batch` of the trainers for `LatentDataset`: the objective is called with the cached posterior."""
-    mean, std, foreground = (batch[key].to(device, non_blocking=non_blocking) for key in ("mean", "std", "foreground"))
-    return None, None, (), {"foreground": foreground, "posterior": (mean, std), **kwargs}
+) -> tuple[Tensor | None, None, tuple, dict[str, Any]]:
+    """`prepare_batch` of the trainers: what an objective is called with.
+
+    Images and foreground for a `SliceDataset`; no images, but `posterior` (mean, std) for a `LatentDataset`.
+    """
+    moved = {key: value.to(device, non_blocking=non_blocking) for key, value in batch.items()}
+    kwargs["foreground"] = moved["foreground"]
+    if "image" in moved:
+        return moved["image"], None, (), kwargs
+    return None, None, (), {"posterior": (moved["mean"], moved["std"]), **kwargs}

@@ -116,7 +116,7 @@ def _epoch(path: Path) -> int:
 
 
 class _WhenCompleted:
-    """A handler that writes weights when training completes, from one process only."""
+    """A handler that writes weights when an `ObjectiveTrainer` completes, from one process only."""
 
     path: str
 
@@ -129,13 +129,13 @@ class _WhenCompleted:
         """Before the first epoch: only weights are written over. Raises OutputError."""
         check_file(Path(self.path), is_zipfile(self.path), "a file of weights")
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         """Write."""
         if is_main_process():
-            self.write()
+            self.write(engine.average.module, engine.data_loader.dataset)
 
-    def write(self) -> None:
-        """What a subclass does."""
+    def write(self, objective: Any, dataset: Dataset) -> None:
+        """Write what a subclass is for, of the averaged objective and the training data."""
         raise NotImplementedError
 
 
@@ -143,48 +143,42 @@ class SaveWeights(_WhenCompleted):
     """Write the bundle's weights: the network with the averaged detector, in half precision.
 
     Args:
-        network: the `VolumeDetector`.
-        average: of an objective that trains `network.detector`.
+        network: the `VolumeDetector` whose `detector` the objective trains.
         path: weights file.
     """
 
-    def __init__(self, network: VolumeDetector, average: ExponentialMovingAverage, path: str) -> None:
+    def __init__(self, network: VolumeDetector, path: str) -> None:
         self.network = network
-        self.average = average
         self.path = path
 
-    def write(self) -> None:
+    def write(self, objective: Any, dataset: Dataset) -> None:
         """Write the file."""
         state = self.network.state_dict()
-        averaged = self.average.module.detector.state_dict()
+        averaged = objective.detector.state_dict()
         state.update({f"detector.{name}": value for name, value in averaged.items()})
         save_weights(state, self.path)
 
 
 class SaveAutoencoder(_WhenCompleted):
-    """Write a latent space, its scale fitted on training slices.
+    """Write a latent space with the averaged autoencoder, its scale fitted on training slices.
+
+    Up to `SLICES_FOR_SCALE` slices at even distances are used.
 
     Args:
-        latent_space: holds the trained autoencoder.
-        average: of an `AutoencoderObjective`.
-        dataset: training slices, of which up to `SLICES_FOR_SCALE` at even distances are used.
+        latent_space: holds the autoencoder that the objective trains.
         path: weights file.
     """
 
-    def __init__(
-        self, latent_space: LatentSpace, average: ExponentialMovingAverage, dataset: Dataset, path: str
-    ) -> None:
+    def __init__(self, latent_space: LatentSpace, path: str) -> None:
         self.latent_space = latent_space
-        self.average = average
-        self.dataset = dataset
         self.path = path
 
-    def write(self) -> None:
+    def write(self, objective: Any, dataset: Dataset) -> None:
         """Fit the scale and write the file."""
         space = self.latent_space
-        space.autoencoder.load_state_dict(self.average.module.autoencoder.state_dict())
-        device, count = space.scale.device, len(cast(Sized, self.dataset))
-        some = Subset(self.dataset, range(0, count, -(-count // SLICES_FOR_SCALE)))
+        space.autoencoder.load_state_dict(objective.autoencoder.state_dict())
+        device, count = space.scale.device, len(cast(Sized, dataset))
+        some = Subset(dataset, range(0, count, -(-count // SLICES_FOR_SCALE)))
         with torch.no_grad():
             means = [
                 space.autoencoder.encode(batch["image"].to(device) * 2 - 1)[0]

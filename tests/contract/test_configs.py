@@ -14,6 +14,9 @@ IMPORT = "$import torch"
 PURE = {"bool", "dict", "float", "int", "len", "list", "max", "min", "range", "round", "str", "sum", "tuple"}
 ACTIONS = re.compile(r"^_|^(load|save|hub|open|mkdir|makedirs|write.*|read.*|unlink|remove.*|rename|system|compile)$")
 REFERENCE = re.compile(r"[@%][\w:#]+")
+POSITION = re.compile(r"(::|#)\d")
+TRAINER = "common.training.ObjectiveTrainer"
+EVALUATOR = "common.training.ObjectiveEvaluator"
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +36,8 @@ def lint(item, is_short_name, at=""):
         return [fault for i, value in enumerate(item) for fault in lint(value, is_short_name, f"{at}::{i}")]
     if not isinstance(item, str):
         return []
+    if item[:1] in "@$%" and POSITION.search(item):
+        return [f"{at}: refers to an item by its position in a list: {item!r}"]
     if at.startswith("::imports::"):
         return [] if item == IMPORT else [f"{at}: only {IMPORT!r} may be imported: {item!r}"]
     if item.startswith("$"):
@@ -90,6 +95,8 @@ def lint_expression(item, at):
         {"a": "$import os"},
         {"a": "/data/cohort.csv"},
         {"a": "~/cohort.csv"},
+        {"a": "@train::handlers::0"},
+        {"a": "$@train#handlers#0.module"},
     ],
 )
 def test_lint_finds(config, is_short_name):
@@ -141,9 +148,9 @@ def test_workflows_name_this_bundle(configs, bundle):
         assert configs[name]["bundle_root"] == {"_target_": "common.bundle.bundle_root", "name": bundle.name}
 
 
-def test_the_best_epoch_is_that_of_the_lowest_loss(configs):
+def test_every_stage_is_trained_by_the_common_engines(configs):
     for name, config in configs.items():
         if name.startswith("train"):
-            better = locate(config["validate"]["evaluator"]["metric_cmp_fn"]["_target_"])
-            assert better(0.1, 0.2), name
-            assert not better(0.2, 0.1), name
+            assert config["train"]["trainer"]["_target_"] == TRAINER, name
+            assert config["train"]["trainer"]["evaluator"] == "@validate::evaluator", name
+            assert config["validate"]["evaluator"]["_target_"] == EVALUATOR, name

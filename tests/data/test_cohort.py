@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data.cohort import check_subjects, cohort_modalities, read_cohort
+from common.data.cohort import check_subjects, cohort_modalities, healthy_subjects, read_cohort
 from common.errors import CohortError
 
 COHORT = """subject,split,T1,T2,brain,lesion
@@ -53,6 +53,14 @@ def test_several_modalities_become_a_list_in_their_order(tmp_path):
 )
 def test_rows_are_chosen_by_split_and_health(tmp_path, split, healthy, expected):
     assert subjects(read_cohort(write(tmp_path), ["T1"], split, healthy)) == expected
+
+
+def test_a_method_is_trained_and_validated_on_healthy_subjects(tmp_path):
+    ill = "sub-05,train,a/5_T1.nii.gz,,,a/5_lesion.nii.gz\nsub-06,val,a/6_T1.nii.gz,,,a/6_lesion.nii.gz\n"
+    found = healthy_subjects(write(tmp_path, COHORT + ill), ["T1"])
+    assert {split: subjects(items) for split, items in found.items()} == {"train": ["sub-01"], "val": ["sub-02"]}
+    with pytest.raises(CohortError, match="no row with split=val, healthy=True"):
+        healthy_subjects(write(tmp_path, COHORT.replace("sub-02,val", "sub-02,test")), ["T1"])
 
 
 def test_optional_columns_may_be_missing(tmp_path):

@@ -4,7 +4,7 @@ from monai.data import MetaTensor
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from common.data.slices import LatentDataset, SliceDataset, prepare_latents, prepare_slices
+from common.data.slices import LatentDataset, SliceDataset, in_order, latents, prepare_batch, shuffled
 from common.networks.latent_space import LatentSpace
 
 DEVICE = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_augmentation_is_drawn_anew_and_changes_nothing_that_is_kept():
         return {**item, "image": item["image"].mul_(torch.rand(()))}
 
     torch.manual_seed(0)
-    slices, plain = dataset(augmentation=brighten), dataset()
+    slices, plain = dataset(augmentation=[brighten]), dataset()
     assert not torch.equal(slices[3]["image"], slices[3]["image"])
     assert torch.equal(slices.images, plain.images)
 
@@ -105,12 +105,57 @@ def test_latents_are_the_scaled_posterior_of_each_slice(batch_size):
 
 def test_copies_have_their_own_augmentation():
     torch.manual_seed(0)
-    slices = dataset(augmentation=lambda item: {**item, "image": item["image"] * torch.rand(())})
+    slices = dataset(augmentation=[lambda item: {**item, "image": item["image"] * torch.rand(())}])
     latents = LatentDataset(slices, latent_space(), copies=3, batch_size=4)
     assert len(latents) == 3 * len(slices)
     first, second = latents[4], latents[4 + len(slices)]
     assert torch.equal(first["foreground"], second["foreground"])
     assert not torch.equal(first["mean"], second["mean"])
+
+
+def test_latents_of_volumes_are_those_of_their_slices():
+    def half(item):
+        return {**item, "image": item["image"] / 2}
+
+    data = [{"image": volume(v)} for v in (0.25, 0.5)]
+    found = latents(data, prepared, latent_space(), [half], copies=2)
+    expected = LatentDataset(SliceDataset(data, prepared, augmentation=[half]), latent_space(), copies=2)
+    assert len(found) == len(expected) == 16
+    for item, other in zip(found, expected, strict=True):
+        assert all(torch.equal(item[key], other[key]) for key in ("mean", "std", "foreground"))
+    plain = LatentDataset(SliceDataset(data, prepared), latent_space())
+    assert not torch.equal(found[0]["mean"], plain[0]["mean"])
+
+
+def indices(loader):
+    """Of the slices of each batch, by their grey values."""
+    values = [item["image"].max().item() for item in loader.dataset]
+    return [[values.index(image.max().item()) for image in batch["image"]] for batch in loader]
+
+
+def test_training_takes_full_batches_in_another_order_each_time():
+    torch.manual_seed(0)
+    loader = shuffled(dataset(), batch_size=3)
+    first, second = indices(loader), indices(loader)
+    assert [len(batch) for batch in first] == [3, 3]
+    assert len({index for batch in first for index in batch}) == 6
+    assert first != second
+
+
+def test_validation_takes_everything_in_order():
+    assert indices(in_order(dataset(), batch_size=3)) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("load", [shuffled, in_order])
+def test_processes_share_the_slices(load, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None, rank=rank: rank)
+        shares.append({index for batch in indices(load(dataset(), batch_size=2)) for index in batch})
+    assert [len(share) for share in shares] == [4, 4]
+    assert not shares[0] & shares[1]
 
 
 def batch_of(data: Dataset):
@@ -119,7 +164,7 @@ def batch_of(data: Dataset):
 
 def test_prepared_slices_call_an_objective_of_images():
     batch = batch_of(dataset())
-    images, target, args, kwargs = prepare_slices(batch, DEVICE)
+    images, target, args, kwargs = prepare_batch(batch, DEVICE)
     assert torch.equal(images, batch["image"])
     assert target is None
     assert args == ()
@@ -129,7 +174,7 @@ def test_prepared_slices_call_an_objective_of_images():
 
 def test_prepared_latents_call_an_objective_of_a_posterior():
     batch = batch_of(LatentDataset(dataset(), latent_space()))
-    images, target, args, kwargs = prepare_latents(batch, DEVICE, non_blocking=True)
+    images, target, args, kwargs = prepare_batch(batch, DEVICE, non_blocking=True)
     assert images is None
     assert target is None
     assert args == ()
@@ -139,9 +184,10 @@ def test_prepared_latents_call_an_objective_of_a_posterior():
     assert kwargs["foreground"].shape == (3, 1, 4, 6)
 
 
-@pytest.mark.parametrize("prepare", [prepare_slices, prepare_latents])
-def test_batches_are_moved_in_whole(prepare):
-    data = dataset() if prepare is prepare_slices else LatentDataset(dataset(), latent_space())
-    images, _, _, kwargs = prepare(batch_of(data), torch.device("meta"))
+@pytest.mark.parametrize("of_latents", [False, True])
+def test_batches_are_moved_in_whole(of_latents):
+    data = LatentDataset(dataset(), latent_space()) if of_latents else dataset()
+    images, _, _, kwargs = prepare_batch(batch_of(data), torch.device("meta"))
     moved = [kwargs["foreground"], *kwargs.get("posterior", ()), *([] if images is None else [images])]
+    assert len(moved) == (3 if of_latents else 2)
     assert all(tensor.device.type == "meta" for tensor in moved)

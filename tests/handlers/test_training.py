@@ -6,17 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.engines import SupervisedTrainer
-from monai.handlers import LrScheduleHandler
+from monai.inferers import SimpleInferer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.data.slices import SliceDataset, prepare_slices
-from common.engines import total_loss
+from common.data.slices import SliceDataset
 from common.errors import BundleError
 from common.handlers.training import (
     Checkpoints,
-    EpochProgress,
     ExponentialMovingAverage,
     GradientClipping,
     SaveAutoencoder,
@@ -29,6 +26,7 @@ from common.networks.latent_space import LatentSpace
 from common.networks.strided_autoencoder import StridedAutoencoderKL
 from common.networks.volume import VolumeDetector
 from common.networks.weight_standardised_unet import WeightStandardisedUNet
+from common.training import ObjectiveEvaluator, ObjectiveTrainer
 from common.weights import load_weights
 
 EPOCH_LENGTH = 3
@@ -47,36 +45,28 @@ class Run:
         torch.manual_seed(seed)
         self.network = VolumeDetector(DAE(WeightStandardisedUNet(1, (4, 8), (2, 2))), {"upper": 0.8})
         self.objective = DAEObjective(self.network.detector, noise_std=0.0)
-        self.average = ExponentialMovingAverage(self.objective)
         self.optimizer = torch.optim.AdamW(self.objective.parameters(), lr=0.01)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, 0.01, total_steps=TOTAL_EPOCHS * EPOCH_LENGTH, cycle_momentum=False
         )
         self.weights = folder / "model.pt"
-        state = {
-            "network": self.objective,
-            "average": self.average,
-            "optimizer": self.optimizer,
-            "lr_scheduler": self.scheduler,
-        }
-        self.trainer = SupervisedTrainer(
+        self.trainer = ObjectiveTrainer(
             device=torch.device("cpu"),
             max_epochs=epochs,
+            epoch_length=EPOCH_LENGTH,
             train_data_loader=DataLoader(dataset(), batch_size=2),
-            prepare_batch=prepare_slices,
             network=self.objective,
             optimizer=self.optimizer,
-            loss_function=total_loss,
-            decollate=False,
-            train_handlers=[
-                self.average,
-                GradientClipping(self.objective, max_norm=0.1),
-                LrScheduleHandler(self.scheduler, print_lr=False, epoch_level=False),
-                *handlers,
-                Checkpoints(str(folder / "checkpoints"), state),
-                SaveWeights(self.network, self.average, str(self.weights)),
-            ],
+            lr_scheduler=self.scheduler,
+            inferer=SimpleInferer(),
+            log_dir=str(folder),
+            checkpoint_dir=str(folder / "checkpoints"),
+            save=SaveWeights(self.network, str(self.weights)),
+            evaluator=ObjectiveEvaluator(DataLoader(dataset(), batch_size=2)),
+            max_norm=0.1,
+            train_handlers=handlers,
         )
+        self.average = self.trainer.average
 
     def run(self):
         self.trainer.run()
@@ -219,7 +209,7 @@ def test_gradients_are_clipped_before_the_optimizer_steps(tmp_path):
 
 
 def test_progress_shows_the_loss(tmp_path, capsys):
-    Run(tmp_path, 1, handlers=[EpochProgress(bar_format=None)]).run()
+    Run(tmp_path, 1).run()
     assert "loss=" in capsys.readouterr().err
 
 
@@ -233,7 +223,8 @@ def test_autoencoder_is_written_with_its_average_and_the_scale_of_the_training_l
     average = ExponentialMovingAverage(AutoencoderObjective(space))
     for parameter in average.module.parameters():
         parameter.data.mul_(1.5)  # as if it had been trained: differs from the current weights
-    SaveAutoencoder(space, average, slices, str(tmp_path / "autoencoder.pt"))(None)
+    trainer = SimpleNamespace(average=average, data_loader=DataLoader(slices))
+    SaveAutoencoder(space, str(tmp_path / "autoencoder.pt"))(trainer)
 
     loaded = load_latent_space(latent_space(), str(tmp_path / "autoencoder.pt"), torch.device("cpu"))
     for name, value in average.module.autoencoder.state_dict().items():
