@@ -15,6 +15,7 @@ from monai.bundle import ConfigWorkflow
 from monai.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .detection.reliability import OK, UNRELIABLE
 from .engines import DetectionEvaluator
 from .errors import OutputError
 from .files import discard_partial, replacing
@@ -22,8 +23,6 @@ from .handlers.inference import SaveDetections
 from .locks import locked
 from .outputs import case_place, check_places
 from .transforms.check import root_cause
-
-OK = "ok"
 
 
 class StatusTable:
@@ -89,12 +88,19 @@ class StatusTable:
         self.add(case, type(cause).__name__, seconds, str(cause))
         _say(f"{type(cause).__name__}: {cause}")
 
-    def is_ok(self, case: str) -> bool:
-        """Whether the case is there and went well, in this process or in another one."""
+    def add_verdict(self, case: str, verdict: Mapping[str, Any], seconds: float) -> None:
+        """Append the line of a case that was written, and say it on stderr where it is not reliable."""
+        doubts = "; ".join(verdict.get("doubts", ()))
+        self.add(case, verdict.get("reliability", OK), seconds, doubts)
+        if doubts:
+            _say(f"unreliable: {case}: {doubts}")
+
+    def is_done(self, case: str) -> bool:
+        """Whether the case is there and was written, in this process or in another one."""
         case = _cell(case)
-        if case not in self.rows or self.rows[case][1] != OK:
+        if case not in self.rows or self.rows[case][1] not in (OK, UNRELIABLE):
             self.rows |= read_status(self.path) | self._unwritten
-        return case in self.rows and self.rows[case][1] == OK
+        return case in self.rows and self.rows[case][1] in (OK, UNRELIABLE)
 
 
 def read_status(path: Path) -> dict[str, tuple[str, ...]]:
@@ -210,13 +216,14 @@ def detect_cases(
         for item in tqdm(claimed(output_dir, mine), total=len(mine), unit="case", disable=None):
             case, started = str(item["subject"]), time.perf_counter()
             try:
-                if overwrite or not runner.saver.is_finished(item):
+                record = None if overwrite else runner.saver.finished(item)
+                if record is None:
                     folder, entities = case_place(output_dir, item)
                     discard_partial(folder.parent, entities or folder.name)
                     runner(item)
-                    table.add(case, OK, time.perf_counter() - started)
-                elif not table.is_ok(case):
-                    table.add(case, OK, 0, "was finished before")
+                    table.add_verdict(case, runner.saver.verdicts[case], time.perf_counter() - started)
+                elif not table.is_done(case):
+                    table.add_verdict(case, record, 0)
             except Exception as error:
                 failed += 1
                 table.add_error(case, error, time.perf_counter() - started)

@@ -144,6 +144,7 @@ def detect(
     output_format: Annotated[
         Format, typer.Option("--format", help="dicom-seg: for DICOM input write DICOM objects too.")
     ] = Format.NIFTI,
+    force: Annotated[bool, typer.Option("--force", help="DICOM objects of unreliable results too.")] = False,
     items: Items = None,
 ) -> None:
     """Write an anomaly map, a segmentation and a pseudo-healthy reconstruction of each scan, on its own grid.
@@ -157,7 +158,11 @@ def detect(
         others = [path for path in (*image, weights) if path and path.is_file()]
         check_detection(output, cases, method, others, own_part)
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
-        override |= {"network_def::batch_size": batch_size, "task::dicom": output_format is Format.DICOM_SEG}
+        override |= {
+            "network_def::batch_size": batch_size,
+            "task::dicom": output_format is Format.DICOM_SEG,
+            "task::force": force,
+        }
         with typed_errors():
             workflow = load_workflow(method, ["inference.json"], output_dir=str(output.resolve()), **override)
             workflow.initialize()

@@ -41,7 +41,7 @@ def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool
             subject, started = str(item["subject"]), time.perf_counter()
             files = [output / name for name in paths[subject].values()]
             try:
-                if not (table.is_ok(subject) and all(file.is_file() for file in files)):
+                if not (table.is_done(subject) and all(file.is_file() for file in files)):
                     for file, volume in zip(files, prepare_subject(preprocessing, item), strict=True):
                         discard_partial(file.parent, file.name)
                         with replacing(file) as temporary:

@@ -104,7 +104,7 @@ def test_tables_of_two_processes_are_one(tmp_path):
             first.add("c", "ImageShapeError", 1)
             second.add("c", "ok", 1)
         first.add("d", "ok", 1)
-        assert first.is_ok("c")  # which the other has done again
+        assert first.is_done("c")  # which the other has done again
     assert {case: row["status"] for case, row in statuses(tmp_path).items()} == dict.fromkeys("abcd", "ok")
     assert len(path.read_text(encoding="utf-8").splitlines()) == 5
     assert list(tmp_path.iterdir()) == [path]
@@ -128,8 +128,8 @@ def test_line_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys
         table.add_error("M\udcfcller", ValueError("M\udcfcller: bad"), 1)
         monkeypatch.undo()
         table.add("d", "ok", 1)
-        assert table.is_ok("b")
-        assert not table.is_ok("M\udcfcller")
+        assert table.is_done("b")
+        assert not table.is_done("M\udcfcller")
     said = capsys.readouterr().err
     assert said.count("cannot be written (No space left on device)") == 2
     assert "ValueError: M\\udcfcller: bad" in said

@@ -17,6 +17,7 @@ from monai.data import MetaTensor
 
 from ..data.bids import write_description
 from ..data.dicom import Series, choose_series
+from ..detection.reliability import UNRELIABLE
 from ..engines import cases
 from ..errors import DicomError, OutputError
 from ..fingerprint import Fingerprint, differences
@@ -67,6 +68,9 @@ class SaveDetections:
         preprocessing: for its settings.
         segmentation: `threshold` and `min_volume_ml` of the segmentation, for the record.
         dicom: for cases from DICOM write the segmentation and the map as DICOM objects too.
+        force: write these for cases, too, whose result is unreliable.
+
+    `verdicts` holds what was found of each case that was written: `reliability` and `doubts`.
     """
 
     def __init__(
@@ -78,12 +82,15 @@ class SaveDetections:
         preprocessing: Recorded,
         segmentation: Mapping[str, Any],
         dicom: bool = False,
+        force: bool = False,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.network = network
         self.weights = weights
         self.bundle = bundle
         self.dicom = dicom
+        self.force = force
+        self.verdicts: dict[str, dict[str, Any]] = {}
         self.preprocessing = preprocessing
         self.segmentation = {name: segmentation[name] for name in ("threshold", "min_volume_ml")}
         self._started = 0.0
@@ -119,29 +126,34 @@ class SaveDetections:
         found["settings"] = found["settings"] | ({"series": series} if series else {})
         return {"bundle": self.bundle, "input_sha256": inputs, **found, **self.segmentation}
 
-    def is_finished(self, item: Mapping[str, Any]) -> bool:
-        """Whether the case of an item of a datalist has been written, with the DICOM objects if they are wanted.
+    def finished(self, item: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The record of the case of an item of a datalist, if all that is wanted of it has been written.
 
         Raises OutputError where it is another case.
         """
         path = record_path(*case_place(self.output_dir, item))
         if not path.is_file():
-            return False
+            return None
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            return False
+            return None
         inputs = {key: digest(item[key]) for key in INPUTS if key in item}
         identity = self._identity(inputs, item.get("series"))
         before = {key: record[key] for key in identity if key in record}
         if others := differences(before, identity, "not recorded"):
             fact = f"holds another result ({'; '.join(others)})"
             raise OutputError(path.parent, fact, "choose another output folder, or --overwrite")
-        return not self.dicom or all((path.parent / name).is_file() for name in OBJECTS)
+        missing = [name for name in OBJECTS if not (path.parent / name).is_file()]
+        return None if missing and self._wants_dicom(record) else record
+
+    def _wants_dicom(self, result: Mapping[str, Any]) -> bool:
+        return self.dicom and (self.force or result.get("reliability") != UNRELIABLE)
 
     def __call__(self, engine: Engine) -> None:
         """Write the cases of the batch. Raises OutputError, and after the rest DicomError for DICOM objects."""
         for batch, output in cases(engine):
+            result = output["result"]
             case = Case(
                 subject=str(batch["subject"]),
                 image=batch["input"],
@@ -150,7 +162,7 @@ class SaveDetections:
                 reconstruction=output["reconstruction"],
                 segmentation=output["segmentation"],
                 to_mni=np.asarray(batch["to_mni"]) if "to_mni" in batch else None,
-                find_series=partial(source_series, batch["input"]) if self.dicom else None,
+                find_series=partial(source_series, batch["input"]) if self._wants_dicom(result) else None,
             )
             inputs = {key: batch[f"{key}_sha256"] for key in INPUTS if f"{key}_sha256" in batch}
             run = {
@@ -166,10 +178,11 @@ class SaveDetections:
             try:
                 if entities is not None:
                     write_description(self.output_dir, self.bundle)
-                failure = write_case(folder, entities, case, output["threshold"], self.network.calibration, run)
+                failure = write_case(folder, entities, case, result, run)
             except OSError as error:
                 fact = f"cannot be written ({error.strerror or error})"
                 raise OutputError(folder, fact, "choose another output folder, or make room in it") from error
+            self.verdicts[case.subject] = {name: result[name] for name in ("reliability", "doubts")}
             if failure is not None:
                 raise failure  # what was asked for is not all there
 

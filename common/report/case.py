@@ -16,7 +16,6 @@ from monai.data import MetaTensor
 from scipy import ndimage
 
 from .. import __version__
-from ..calibration import Calibration
 from ..data.dicom import Series
 from ..errors import DicomError
 from ..files import partial_folder
@@ -25,6 +24,8 @@ from ..transforms.check import voxel_volume_ml
 from ..transforms.registration import write_tfm
 from .dicom import save_dicom
 from .preview import save_preview
+
+MANY_TIMES, DEFAULT_HEALTHY_SHARE = 10, 0.01  # of a healthy brain above the threshold, from where a warning is due
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ def write_case(
     folder: Path,
     entities: str | None,
     case: Case,
-    threshold: float,
-    calibration: Calibration,
+    result: Mapping[str, Any],
     run: Mapping[str, Any],
 ) -> DicomError | None:
     """Write the files of a case; an earlier result of it is replaced.
@@ -74,7 +74,7 @@ def write_case(
     Raises OutputError where the folder holds anything else than an earlier result of the case.
     """
     with partial_folder(folder.parent, entities or folder.name) as partial:
-        failure = write_files(partial, case, threshold, calibration, run)
+        failure = write_files(partial, case, result, run)
         if entities is None:
             check_case_folder(folder, case.subject, str(run["bundle"]))
             put_in_place(partial, folder)
@@ -86,9 +86,7 @@ def write_case(
     return failure
 
 
-def write_files(
-    folder: Path, case: Case, threshold: float, calibration: Calibration, run: Mapping[str, Any]
-) -> DicomError | None:
+def write_files(folder: Path, case: Case, result: Mapping[str, Any], run: Mapping[str, Any]) -> DicomError | None:
     """Write the files of a case into a folder; returns why there are no DICOM objects among them if they are wanted."""
     for name in ("anomaly_map", "reconstruction", "segmentation"):
         save_nifti(getattr(case, name), case.affine, folder / f"{name}.nii.gz")
@@ -103,8 +101,8 @@ def write_files(
             save_dicom(case, case.find_series(), folder, *maker)
         except DicomError as error:
             failure = error
-    save_preview(case, threshold, folder / "preview.png")
-    found = describe(case, threshold, calibration, lesions)
+    save_preview(case, result["threshold"], folder / "preview.png", result["doubts"], str(run["bundle"]))
+    found = describe(result, lesions)
     warnings = [*run.get("warnings", []), *found["warnings"], *([str(failure)] if failure else [])]
     record = {"subject": case.subject, **run, **found, "warnings": warnings}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -152,15 +150,21 @@ def save_lesions(lesions: list[dict[str, float]], path: Path) -> None:
         writer.writerows({"lesion": number, **lesion} for number, lesion in enumerate(lesions, 1))
 
 
-def describe(case: Case, threshold: float, calibration: Calibration, lesions: list[dict[str, float]]) -> dict[str, Any]:
-    """What run.json says of a case beside the run itself."""
-    volume = calibration.describe(case.anomaly_map.as_tensor(), case.brain.as_tensor(), threshold)
-    warnings = []
-    share = volume["abnormal_share"]
-    if share > 0.2:
-        warnings.append(f"{share:.0%} of the brain is above the threshold: the image may be unlike the training images")
+def describe(result: Mapping[str, Any], lesions: list[dict[str, float]]) -> dict[str, Any]:
+    """What run.json says of a case beside the run itself.
+
+    result: the volume in numbers, from `ScoreVolumed`; lesions: from `find_lesions`.
+    """
+    warnings = [f"unreliable, do not interpret: {doubt}" for doubt in result["doubts"]]
+    share = result["abnormal_share"]
+    healthy = result["threshold_origin"].get("false_positive_share", DEFAULT_HEALTHY_SHARE)
+    if share > MANY_TIMES * healthy:
+        fact = (
+            f"{share:.0%} of the brain is above the threshold, more than {MANY_TIMES} times the share of a healthy one"
+        )
+        warnings.append(f"{fact}: a very large lesion, or an image that is unlike the training images")
     return {
-        **volume,
+        **result,
         "lesions": len(lesions),
         "lesion_volume_ml": round(sum(lesion["volume_ml"] for lesion in lesions), 4),
         "versions": versions(),

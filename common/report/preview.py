@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 COLUMNS = 6
 
 
-def save_preview(case: Case, threshold: float, path: Path) -> None:
+def save_preview(case: Case, threshold: float, path: Path, doubts: Sequence[str] = (), title: str = "") -> None:
     """Write a PNG of axial slices: those with the most abnormal tissue and, between them, an even sample.
 
     Radiological view: the patient's left is on the right. The colour scale of the map is the same for every case of a
-    bundle: transparent at half the threshold, full at three times the threshold.
+    bundle: it begins at the threshold and is full at three times the threshold.
+
+    doubts: reasons not to interpret the result, which stand above the slices in red. title: above the slices.
     """
     image, brain, anomaly_map, reconstruction, mask = (
         _axial(volume) for volume in (case.image, case.brain, case.anomaly_map, case.reconstruction, case.segmentation)
@@ -43,14 +46,20 @@ def save_preview(case: Case, threshold: float, path: Path) -> None:
             axis.imshow(picture[index], cmap="gray", vmin=min(low, 0.0), vmax=top, aspect=spacing[1] / spacing[0])
             axis.set_axis_off()
         heat = anomaly_map[index]
-        alpha = np.clip((heat - threshold / 2) / threshold, 0, 1)
+        alpha = (heat > threshold).astype(float)
         axes[2, column].imshow(
             heat, cmap="hot", vmin=0, vmax=3 * threshold, alpha=alpha, aspect=spacing[1] / spacing[0]
         )
         if mask[index].any():
             axes[3, column].contour(mask[index] > 0, levels=[0.5], colors="red", linewidths=0.8)
-    for row, title in enumerate(("input", "reconstruction", "anomaly map", "segmentation")):
-        axes[row, 0].set_title(title, color="white", fontsize=10, loc="left")
+    for row, name in enumerate(("input", "reconstruction", "anomaly map", "segmentation")):
+        axes[row, 0].set_title(name, color="white", fontsize=10, loc="left")
+    if doubts:
+        figure.suptitle(
+            f"UNRELIABLE, do not interpret: {doubts[0]}", color="white", backgroundcolor="#b00020", wrap=True
+        )
+    elif title:
+        figure.suptitle(title, color="white", fontsize=11)
     FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
 
 

@@ -22,7 +22,15 @@ LESION_COLUMNS = ("volume_ml", "x_mm", "y_mm", "z_mm", "mean_map", "max_map")
 NUMBERS = ("threshold", "volume_score", "lesions", "lesion_volume_ml", "abnormal_share")
 TEXTS = ("bundle", "weights_sha256")
 OBJECTS: dict[str, Any] = {"input_sha256": {}, "settings": {}, "threshold_origin": {}}
-OTHERS = OBJECTS | {"brain_mask": "-", "seed": "-", "device": "-", "seconds": "-"}
+OTHERS = OBJECTS | {
+    "reliability": "ok",
+    "doubts": [],
+    "map_scale": None,
+    "brain_mask": "-",
+    "seed": "-",
+    "device": "-",
+    "seconds": "-",
+}
 
 
 @dataclass(frozen=True)

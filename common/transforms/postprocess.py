@@ -227,7 +227,7 @@ class ScoreVolumed(MapTransform):
 
     def _reliability(self, data: Mapping[Hashable, Any]) -> dict[str, Any]:
         if "map_scale" not in data:
-            return {}
+            return verdict([])
         modes = None if "tissue_modes" not in data else np.ravel(data["tissue_modes"]).astype(float).tolist()
         scales = load_weights(self.weights)["normalisation.scale_quantiles"]
         spacing = data[self.mask_key].pixdim.tolist()

@@ -9,6 +9,7 @@ from monai.data import MetaTensor
 
 from common.benchmark import write_benchmark
 from common.calibration import Calibration
+from common.detection.reliability import verdict
 from common.handlers.evaluation import write_result
 from common.metrics import DetectionMetrics
 from common.metrics.paper_slices import PaperSlices
@@ -26,13 +27,23 @@ def make_case(phantom, save_nifti):
 
     pictures = []
 
-    def draw_once(case, threshold, path):  # drawing takes seconds
+    def draw_once(case, threshold, path, *others):  # drawing takes seconds
         if not pictures:
-            save_preview(case, threshold, path)
+            save_preview(case, threshold, path, *others)
             pictures.append(path.read_bytes())
         path.write_bytes(pictures[0])
 
-    def make(out, name="scan", spacing_mm=4.0, strength=0.2, to_mni=None, entities=None, scan_dir=None, **run):
+    def make(
+        out,
+        name="scan",
+        spacing_mm=4.0,
+        strength=0.2,
+        to_mni=None,
+        entities=None,
+        scan_dir=None,
+        result=None,
+        **run,
+    ):
         shape, affine = phantom.grid(spacing_mm=(spacing_mm,) * 3)
         image, brain, lesion = phantom.on_grid(shape, affine)
         scans = scan_dir or out.parent
@@ -62,7 +73,9 @@ def make_case(phantom, save_nifti):
         folder = out / name
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("common.report.case.save_preview", draw_once)
-            write_case(folder, entities, Case(name, **volumes, to_mni=to_mni), THRESHOLD, calibration, record | run)
+            case = Case(name, **volumes, to_mni=to_mni)
+            numbers = calibration.describe(case.anomaly_map.as_tensor(), case.brain.as_tensor(), THRESHOLD)
+            write_case(folder, entities, case, numbers | verdict([]) | (result or {}), record | run)
         return folder
 
     return make

@@ -11,7 +11,6 @@ from monai.deploy.operators import MonaiBundleInferenceOperator
 from monai.deploy.operators.monai_bundle_inference_operator import IOMapping
 from summary import summarise
 
-from common.calibration import Calibration
 from common.data.dicom import choose_series, find_series, read_series
 from common.errors import DicomError, OutputError
 from common.files import replacing
@@ -27,8 +26,7 @@ class Detected:
     """What was found in a volume, with what the numbers are to be compared with."""
 
     case: Case
-    threshold: float
-    calibration: Calibration
+    result: dict[str, Any]
     brain_source: str
 
 
@@ -117,7 +115,7 @@ class AnomalyBundleOperator(MonaiBundleInferenceOperator):
             reconstruction=value["reconstruction"],
             segmentation=value["segmentation"],
         )
-        detected = Detected(case, value["threshold"], self._model_network.calibration, value["brain_source"])
+        detected = Detected(case, value["result"], value["brain_source"])
         op_output.emit(detected, name)
 
 
@@ -157,7 +155,7 @@ class ResultWriterOperator(Operator):
         try:
             save_dicom(found.case, series, self.folder, name, version, digest)
             with replacing(self.folder / "summary.txt") as path:
-                path.write_text(summarise(about, found.case, found.threshold, found.calibration), encoding="utf-8")
+                path.write_text(summarise(about, found.case, found.result), encoding="utf-8")
         except OSError as error:
             fact = f"cannot be written ({error.strerror or error})"
             raise OutputError(self.folder, fact, "choose another output folder, or make room in it") from error
