@@ -14,7 +14,8 @@ DEEP_VOXELS = 3  # from the rim, where splines overshoot
 NEGATIVE_SHARE = 0.05  # of deep tissue: what is more is no overshoot, but a mean that was taken away
 # the 1st percentile of a brain's voxels is 0.12 of the 98th (T1; IXI: standard deviation 0.02), counted from true zero
 DARKEST_PERCENTILE, BRIGHT_PERCENTILE, DARKEST_SHARE = 1.0, 98.0, 0.12
-NEAR_ZERO = 0.2  # of the range of the tissue: a background as near as this to where zero is thought to be is that zero
+NOT_ZERO = 0.01  # of the range of the tissue: a background below this is noise about 0
+NEAR_ZERO = 0.5  # of the range of the tissue: a background as near as this to where zero is thought to be is that zero
 
 
 def background(image: np.ndarray) -> np.ndarray:
@@ -66,7 +67,7 @@ def zero_of_tissue(image: np.ndarray, brain: np.ndarray, around: np.ndarray) -> 
     for channel, grey in zip(image, around.ravel(), strict=True):
         low, high = np.percentile(channel[brain], [DARKEST_PERCENTILE, BRIGHT_PERCENTILE])
         guess = (low - DARKEST_SHARE * high) / (1 - DARKEST_SHARE)
-        if grey < 0 and abs(guess - grey) < NEAR_ZERO * (high - low):
+        if -grey > NOT_ZERO * (high - low) and abs(guess - grey) < NEAR_ZERO * (high - low):
             zeros.append(float(grey))
         else:
             zeros.append(float(guess) if is_negative(channel, brain) else 0.0)

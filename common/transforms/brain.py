@@ -26,6 +26,8 @@ CUT_SHARE = 0.25
 # air of an unstripped scan is noise; that of a stripped one is constant but for ringing, which is below this share
 NOISE_SHARE = 0.005
 MAX_NOISY_AIR = 0.05
+RING_VOXELS = 4
+MIN_FAR = 0.1  # of the air, to be judged by
 # an integer mask with more values than labels have, of which the highest is the commonest, is a probability
 MAX_LABELS = 20
 
@@ -82,9 +84,9 @@ class BrainMaskd(MapTransform):
             check_volume(mask, self.limits, source_name(result[self.mask_key]))
         else:
             mask, source = self._find(image, values, around)
-        if source != "stripped" or around.any():
-            result[self.keys[0]] = image * mask.as_tensor().to(image.device)
         zero = zero_of_tissue(values, mask.as_tensor()[0].cpu().numpy(), around)
+        if source != "stripped" or around.any() or zero.any():
+            result[self.keys[0]] = image * mask.as_tensor().to(image.device)
         found = {self.mask_key: mask, "brain_source": source}
         return result | found | ({"intensity_zero": torch.from_numpy(zero)} if zero.any() else {})
 
@@ -183,10 +185,17 @@ def check_stripped(image: MetaTensor, mask: MetaTensor, max_ml: float = BRAIN_VO
     if volume_ml > max_ml:
         raise SkullStripError(source_name(image), f"a foreground of {volume_ml:.0f} ml is no brain alone", REMEDY)
     above, level = above_background(image)
-    air = above[:, ~mask.as_tensor()[0].cpu().numpy()]
-    noisy = float((np.abs(air) > level * NOISE_SHARE).mean()) if air.size else 0.0
+    noise, inside = np.abs(above) > level * NOISE_SHARE, mask.as_tensor()[0].cpu().numpy()
+    noisy = _share(noise, ~inside)
+    if noisy > MAX_NOISY_AIR:  # or it is the ringing of a spline, which ends near the brain
+        far = ~ndimage.binary_dilation(inside, iterations=RING_VOXELS)
+        noisy = _share(noise, far) if far.sum() > MIN_FAR * (~inside).sum() else noisy
     if noisy > MAX_NOISY_AIR:
         raise SkullStripError(source_name(image), f"{noisy:.0%} of the voxels around the brain are not empty", REMEDY)
+
+
+def _share(noise: np.ndarray, air: np.ndarray) -> float:
+    return float(noise[:, air].mean()) if air.any() else 0.0
 
 
 def check_volume(mask: MetaTensor, limits: tuple[float, float], name: str) -> None:
@@ -209,7 +218,9 @@ def whole_volumes_ml(inside: np.ndarray, voxel_ml: float, spacing_mm: Sequence[f
     """
     volumes = []
     for axis in range(3):
-        areas = inside.sum(axis=tuple(other for other in range(3) if other != axis))
+        areas = np.trim_zeros(inside.sum(axis=tuple(other for other in range(3) if other != axis)))
+        if not areas.size:
+            return [0.0]
         largest_mm2 = areas.max() * voxel_ml * 1000 / spacing_mm[axis]
         is_cut = max(areas[0], areas[-1]) >= CUT_SHARE * areas.max()
         volumes.append(4 / 3 * largest_mm2**1.5 / np.pi**0.5 / 1000 if is_cut else 0.0)

@@ -35,6 +35,7 @@ from common.weights import save_weights
 METHOD = "dae"  # what is checked here comes before the method
 INFERENCE = BUNDLES_DIR / METHOD / "configs" / "inference.json"
 SHAPE = (48, 56, 40)
+SPACING_MM = 3.5  # with which the ball has 1.2 l
 
 
 def ball(shape=SHAPE, radius=0.8):
@@ -43,13 +44,13 @@ def ball(shape=SHAPE, radius=0.8):
     return np.linalg.norm(axes, axis=0) < radius
 
 
-def brain(shape=SHAPE):
-    return np.where(ball(shape), np.random.default_rng(0).normal(100, 15, shape), 0).astype(np.float32)
+def brain(shape=SHAPE, radius=0.8):
+    return np.where(ball(shape, radius), np.random.default_rng(0).normal(100, 15, shape), 0).astype(np.float32)
 
 
 def head():
     """A scan before skull stripping, 200 x 240 x 200 mm: a head, and the noise of a scanner in the air around it."""
-    shape, rng = (100, 120, 100), np.random.default_rng(0)
+    shape, rng = (58, 70, 58), np.random.default_rng(0)
     air = np.abs(rng.normal(0, 3, shape))
     return np.where(ball(shape), rng.normal(100, 15, shape), air).astype(np.float32)
 
@@ -84,6 +85,26 @@ def two_places():
     return nifti
 
 
+def sform_unlike_pixdim():
+    nifti = diagonal(1, 1, 1)
+    nifti.header["pixdim"][1:4] = 2
+    return nifti
+
+
+def label_map():
+    """Labels of structures of 4 voxels."""
+    places = np.indices(SHAPE) // 4
+    return (ball() * (1 + places[0] + 12 * places[1])).astype(np.int16)
+
+
+def head_ct():
+    """Hounsfield units in a gantry of air, 200 x 240 x 200 mm."""
+    shape = (100, 120, 100)
+    nifti = nib.Nifti1Image(np.where(ball(shape, 0.95), 10 * brain(shape, 0.95), -1000).astype(np.int16), None)
+    nifti.header.set_sform(np.diag([2.0, 2.0, 2.0, 1.0]), code=1)
+    return nifti
+
+
 def in_metres():
     nifti = nib.Nifti1Image(brain(), np.diag([2e-3, 2e-3, 2e-3, 1]))
     nifti.header.set_xyzt_units("meter")
@@ -101,9 +122,14 @@ VOLUMES = {
     "Inf": (ImageIntensityError, "1 voxels are NaN or infinite", lambda: with_voxel(np.inf)),
     "all zero": (ImageIntensityError, "all voxels are zero", lambda: np.zeros(SHAPE, np.float32)),
     "constant": (ImageIntensityError, "all voxels are 7", lambda: np.full(SHAPE, 7, np.int16)),
-    "negative": (SkullStripError, "no voxel is above zero", lambda: -1 - brain()),
+    "negative": (SkullStripError, "brighter than the background", lambda: -1 - brain()),
+    "mask as a scan": (ImageIntensityError, "a mask or a label map", lambda: ball().astype(np.uint8)),
+    "label map as a scan": (ImageIntensityError, "as in a mask or a label map", label_map),
+    "brain of a mouse": (SkullStripError, "a brain of 0 ml", lambda: diagonal(0.2, 0.2, 0.2)),
+    "half as large": (SkullStripError, "800 to 2300 ml", lambda: diagonal(1.75, 1.75, 1.75)),
+    "sform unlike pixdim": (ImageGeometryError, "in its pixdim", sform_unlike_pixdim),
     "head": (SkullStripError, "no brain alone", head),
-    "head CT": (SkullStripError, "are not 0", lambda: np.where(ball(), 40, -1000).astype(np.int16)),
+    "head CT": (SkullStripError, "no brain alone", head_ct),
     "singular affine": (ImageGeometryError, "singular", lambda: diagonal(2, 0, 2)),
     "NaN affine": (ImageGeometryError, "not finite", lambda: diagonal(2, np.nan, 2)),
     "no affine": (ImageGeometryError, "neither sform nor qform", lambda: nib.Nifti1Image(brain(), None)),
@@ -120,7 +146,7 @@ def saved(folder, content=None, name="scan.nii.gz"):
     """The path of a file with this NIfTI, array or (by default) good brain."""
     content = brain() if content is None else content
     if not isinstance(content, nib.Nifti1Image):
-        content = nib.Nifti1Image(content, np.diag([2.0, 2.0, 2.0, 1.0]))
+        content = nib.Nifti1Image(content, np.diag([SPACING_MM] * 3 + [1.0]))
     nib.save(content, folder / name)
     return folder / name
 
