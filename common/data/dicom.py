@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mimetypes
 import re
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,8 @@ class Series:
     @property
     def is_multiframe(self) -> bool:
         """Enhanced DICOM: a file holds many slices."""
-        return any((integer(header, "NumberOfFrames") or 1) > 1 for header in self.headers)
+        frames = max(integer(header, "NumberOfFrames") or 1 for header in self.headers)
+        return frames > 1 or len(self.headers) > len(self.files)
 
     @property
     def not_volume(self) -> str | None:
@@ -90,11 +92,8 @@ def find_series(folder: str | Path) -> list[Series]:
     unread: dict[Path, list[int]] = defaultdict(list)
     for count, path in enumerate(paths, 1):
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*TAGS, *FUNCTIONAL_GROUPS])
-            if header.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
-                continue
-            frames = split_frames(header, TAGS)
-            uid = str(frames[0]["SeriesInstanceUID"].value)
+            frames = _read_headers(path)
+            uid = str(frames[0]["SeriesInstanceUID"].value) if frames else None
         except pydicom.errors.InvalidDicomError:
             if not is_other_kind(path):
                 unread[path.parent].append(count)
@@ -106,12 +105,23 @@ def find_series(folder: str | Path) -> list[Series]:
             fact = f"DICOM file {count} of {len(paths)}, sorted by name, is damaged"
             raise DicomError(folder, fact, EXPORT_WHOLE) from error
         else:
-            groups[uid] += [(path, frame) for frame in frames]
+            if uid is not None:
+                groups[uid] += [(path, frame) for frame in frames]
     if not groups:
         fact = "no DICOM files in it" if folder.is_dir() else "no such folder"
         raise DicomError(folder, fact, "give the folder of one DICOM series")
     found = [_series(folder, uid, pairs, unread) for uid, pairs in groups.items()]
     return sorted(found, key=lambda series: (series.number is None, series.number or 0, series.uid))
+
+
+def _read_headers(path: Path) -> list[Any]:
+    """A header for each image in a file; none of a directory of a medium. Raises what pydicom raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of malformed values, which are left out, or checked where they matter
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*TAGS, *FUNCTIONAL_GROUPS])
+        if header.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
+            return []
+        return split_frames(header, TAGS)
 
 
 def _is_file(path: Path) -> bool:
@@ -196,7 +206,9 @@ def read_series(series: Series) -> MetaTensor:
     `meta["series_uid"]` tells where it came from. Raises DicomError where the pixels cannot be decoded, or the frames
     of an enhanced image are not one volume.
     """
-    image = _read_multiframe(series) if series.is_multiframe else _read_slices(series)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of pydicom quote what the tags say of the patient
+        image = _read_multiframe(series) if series.is_multiframe else _read_slices(series)
     image.meta["series_uid"] = series.uid
     return image
 
@@ -214,8 +226,9 @@ def _read_slice(series: Series, path: Path, header: Any) -> np.ndarray:
         except RuntimeError:
             return _decode_without_overlays(path)
     except Exception as error:  # of GDCM, and whatever the parser of pydicom meets
-        syntax = header.file_meta.TransferSyntaxUID
-        why = "truncated or damaged" + (", or compressed in an unsupported way" if syntax.is_compressed else "")
+        syntax = pydicom.uid.UID(str(header.file_meta.get("TransferSyntaxUID") or "no transfer syntax"))
+        plain = syntax.is_transfer_syntax and not syntax.is_compressed
+        why = "truncated or damaged" + ("" if plain else ", or compressed in an unsupported way")
         fact = f"{series.name}, image {instance(header)} cannot be decoded ({syntax.name}), it is {why}"
         raise DicomError(series.folder, fact, "export the series again, uncompressed") from error
 

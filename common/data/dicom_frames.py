@@ -17,7 +17,8 @@ def split_frames(header: Any, keywords: Collection[str]) -> list[Any]:
     """A header for each image of a file: pydicom datasets of `keywords` alone, without nested sequences.
 
     A classic image is one; of an enhanced one, each frame has what is said of it and of all frames, and of several
-    frames its number as InstanceNumber. What cannot be parsed is left out, as if it were not there.
+    frames its number as InstanceNumber. What cannot be parsed, or is of another type than DICOM says, is left out, as
+    if it were not there.
     """
     general = _pick(header, keywords)
     shared, each = (_items(header, keyword) for keyword in FUNCTIONAL_GROUPS)
@@ -58,7 +59,7 @@ def _pick(dataset: Any, keywords: Collection[str]) -> Any:
     picked = pydicom.Dataset()
     for keyword in keywords:
         try:
-            if keyword in dataset:
+            if keyword in dataset and pydicom.datadict.dictionary_VR(keyword) == dataset[keyword].VR:
                 picked.add(dataset[keyword])
         except Exception:  # noqa: S112 - whatever pydicom's converters raise of a malformed value
             continue

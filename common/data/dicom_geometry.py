@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DicomError
+from .itk_image import MAX_VOXELS
 
 GEOMETRY = {"ImageOrientationPatient": 6, "PixelSpacing": 2, "ImagePositionPatient": 3, "Rows": 1, "Columns": 1}
 CONTRAST_TAGS = [  # what is the same in all images of one volume: it tells echoes, phases, b-values ... apart
@@ -87,6 +88,9 @@ def check_slices(source: object, name: str, headers: Sequence[Any]) -> None:
     for header in headers:
         check_tags(source, name, header)
         check_same(source, name, headers[0], header)
+    voxels = int(np.prod([numbers(headers[0], keyword).item() for keyword in ("Rows", "Columns")])) * len(headers)
+    if not 0 < voxels <= MAX_VOXELS:  # before memory is taken for them
+        raise DicomError(source, f"{name}: the headers say {voxels} voxels, no scan has that", EXPORT_WHOLE)
     check_twice(source, name, headers)
     check_contrast(source, name, headers)
     check_spacing(source, name, headers)

@@ -27,7 +27,7 @@ MAX_SOURCE_NUMBER = (2**31 - 1) // 100 - 1  # so that a hundred times it, and a 
 OWN_NUMBER = 90  # in the place of a SeriesNumber that is not there, or beyond that
 ONE_FOR_ALL = ("PixelMeasuresSequence", "PlaneOrientationSequence")  # what highdicom wants as shared by all frames
 NEEDED = ("StudyInstanceUID", "SOPClassUID", "SOPInstanceUID", "FrameOfReferenceUID")
-REPAIR = "repair the headers, of which NIfTI results need less"
+REPAIR = "repair the headers, or use the results as NIfTI, which do not need them"
 MAY_BE_EMPTY = (  # and lack in anonymised images, while highdicom wants them all
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber"),
     *("StudyID", "StudyDate", "StudyTime", "SliceThickness"),

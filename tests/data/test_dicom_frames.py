@@ -101,3 +101,18 @@ def test_several_multiframe_files_are_refused(write_series, tmp_path):
     enhance(files[18:], tmp_path / "multi" / "IM2", series=uid)
     with pytest.raises(DicomError, match="is 2 multi-frame images; convert it"):
         read(tmp_path / "multi")
+
+
+def test_value_of_another_type_is_as_if_it_were_not_there(write_series, tmp_path):
+    """As a damaged file has it: a number where DICOM says words, or words where it says numbers."""
+
+    def garble(dataset, k):
+        del dataset.ImageType
+        dataset.add_new("ImageType", "US", 0)
+
+    series = write_series(tmp_path)
+    series.edit(garble)
+    assert read(tmp_path).shape == (1, *series.image.shape)
+    series.edit(lambda dataset, k: dataset.add_new("PixelSpacing", "LO", "wide"), [3])
+    with pytest.raises(DicomError, match="image 4: no valid PixelSpacing"):
+        read(tmp_path)
