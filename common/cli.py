@@ -201,7 +201,7 @@ def evaluate(
     with _one_line_errors():
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         if not baselines:
-            override |= {"handlers::1::baselines": False, "handlers::1::mean_image": None}
+            override |= {"handlers::1::baselines": False, "handlers::1::healthy_baselines": None}
         paths = {"cohort": str(cohort.resolve()), "result": str(output.resolve())}
         run_inference(method, ["inference.json", "evaluate.json"], **paths, **override)
 
