@@ -25,7 +25,7 @@ from .fingerprint import Fingerprint
 from .handlers.evaluation import BaselineMetrics, labelled_case, write_result
 from .metrics.bootstrap import PAIRED, paired_difference
 from .outputs import Inputs, check_file, is_result
-from .report.benchmark_table import csv_table, markdown_tables
+from .report.benchmark_table import LESIONS, SUBJECTS, VOXELS, csv_table, markdown_tables
 from .report.case import versions
 from .transforms.check import typed_errors
 from .weights import digest
@@ -175,6 +175,8 @@ def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None
         return None
     if not isinstance(result, dict) or any(result.get(name) != value for name, value in identity.items()):
         return None
+    if any(name not in result for name in (*VOXELS, *SUBJECTS, *LESIONS, "sites")):  # of an earlier version
+        return None
     say(f"{folder.name}: was finished before")
     return result
 
@@ -213,7 +215,7 @@ def run_baselines(cohort: Path, key: str, identity: Mapping[str, Any]) -> dict[s
         workflow = load_workflow(key, ["inference.json", "evaluate.json"], cohort=str(cohort.resolve()), **override)
         workflow.initialize()
         content, started = workflow.parser.get_parsed_content, time.perf_counter()
-        baselines = BaselineMetrics(metadata(key)["modalities"], content("mean_image"))
+        baselines = BaselineMetrics(metadata(key)["modalities"], content("healthy_baselines"))
         for item in content("dataset"):
             baselines.update(labelled_case(item))
     say(f"baselines on {', '.join(metadata(key)['modalities'])}: {time.perf_counter() - started:.0f} s")

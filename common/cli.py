@@ -216,7 +216,7 @@ def evaluate(
         check_result(output, [*cohort_files(cohort), *([weights] if weights else [])], "bundle", "weights_sha256")
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         if not baselines:
-            override |= {"task::baselines": False, "task::mean_image": None}
+            override |= {"task::baselines": False, "task::healthy_baselines": None}
         paths = {"cohort": str(cohort.resolve()), "result": str(output.resolve())}
         run_inference(method, ["inference.json", "evaluate.json"], **paths, **override)
 

@@ -14,12 +14,14 @@ from common.benchmark import Variant
 from common.bundle import BUNDLES_DIR, available_bundles, metadata
 from common.cli import app
 from common.errors import BundleError, CohortError, SkullStripError
-from common.report.benchmark_table import cell, size_label
+from common.metrics.baselines import QUANTITIES
+from common.report.benchmark_table import cell, site_cell, size_label
 from common.transforms.pipeline import BrainPreprocessing
 from common.weights import sha256
 
 METHOD = "vae"
-BASELINES = {"intensity_dark_T1", "intensity_bright_T1", "mean_healthy_image_T1"}
+FITTED = {"mean_healthy_image", *QUANTITIES}  # on the healthy subjects of the split `train`
+BASELINES = {f"{name}_T1" for name in ("intensity_dark", "intensity_bright", *FITTED)}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,28 @@ def test_finished_methods_are_not_run_again(measured, cohort, monkeypatch):
     for other in ({"seed": 4}, {"seed": 3, "options": {"strip": "atlas"}}):
         with pytest.raises(AssertionError, match="run again"):
             benchmark.run_benchmark(cohort, measured, [METHOD], **other)
+
+
+def test_a_result_of_an_earlier_version_that_lacks_a_metric_is_measured_again(measured, cohort, monkeypatch, tmp_path):
+    def again(*_):
+        raise AssertionError("was run again")
+
+    shutil.copytree(measured, tmp_path / "old")
+    result = read(tmp_path / "old" / METHOD / "result.json")
+    del result["voxel_recall_at_threshold"]
+    (tmp_path / "old" / METHOD / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    monkeypatch.setattr(benchmark, "evaluate_apart", again)
+    with pytest.raises(AssertionError, match="run again"):
+        benchmark.run_benchmark(cohort, tmp_path / "old", [METHOD], seed=3, options={"device": "auto"})
+
+
+def test_false_alarms_and_recall_stand_in_the_tables(measured):
+    result = read(measured / METHOD / "result.json")
+    assert [site["site"] for site in result["sites"]] == [""]
+    assert result["sites"][0]["n_healthy"] >= 1
+    text = (measured / "benchmark.md").read_text(encoding="utf-8")
+    assert f"| {METHOD} | {site_cell(result['sites'][0])} |" in text
+    assert "volume AUROC, largest component" in text
 
 
 def test_configs_that_change_are_measured_again(measured, cohort, tmp_path, monkeypatch):

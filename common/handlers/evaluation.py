@@ -21,8 +21,8 @@ from ..engines import cases
 from ..files import replacing
 from ..fingerprint import Fingerprint
 from ..methods.base import foreground_of
-from ..metrics import DetectionMetrics, MeanHealthyImage, intensity_threshold
-from ..metrics.baselines import DIRECTIONS, Direction
+from ..metrics import DetectionMetrics, intensity_threshold
+from ..metrics.baselines import DIRECTIONS, Direction, HealthyBaselines
 from ..metrics.paper_slices import PaperSlices
 from ..networks.volume import VolumeDetector
 from ..outputs import check_result, input_files
@@ -30,7 +30,7 @@ from ..recorded import Recorded
 from ..report.case import versions
 from ..transforms.check import voxel_volume_ml
 from ..transforms.load import load_lesion
-from ..transforms.postprocess import intensity_unit, intensity_zero
+from ..transforms.postprocess import intensity_unit, intensity_zero, to_input_grid
 from .inference import said
 from .run_time import RunTime
 
@@ -42,6 +42,7 @@ class LabelledCase:
     """A case as it is measured: on its own grid, turned to RAS so that slices are axial; (C, H, W, D) on the CPU."""
 
     subject: str
+    site: str
     image: Tensor  # in [0, 1], 0 outside the foreground
     unit: Tensor  # (C, 1, 1, 1) or (C, H, W, D), the intensity that 1 stands for, from `zero`
     zero: Tensor  # (C, 1, 1, 1), the intensity that 0 stands for
@@ -49,6 +50,8 @@ class LabelledCase:
     lesion: Tensor | None  # (H, W, D) bool
     voxel_ml: float
     pixel_mm2: float  # area of a voxel in an axial slice
+    prepared: Tensor  # (C, H', W', D') in [0, 1], as a network sees it
+    from_prepared: Callable[[Tensor], Tensor]  # brings a map (1, H', W', D') from there to the grid of the others
 
 
 def labelled_case(batch: Mapping[str, Any]) -> LabelledCase:
@@ -57,6 +60,7 @@ def labelled_case(batch: Mapping[str, Any]) -> LabelledCase:
     brain, zero = _ras(batch["brain"]) > 0, intensity_zero(batch)
     return LabelledCase(
         subject=str(batch["subject"]),
+        site=str(batch.get("site", "")),
         image=((_ras(batch["input"]) - zero) / unit).clamp(0, 1) * brain,
         unit=unit,
         zero=zero,
@@ -64,31 +68,38 @@ def labelled_case(batch: Mapping[str, Any]) -> LabelledCase:
         lesion=_ras(load_lesion(batch["lesion"], batch["brain"]))[0] > 0 if batch.get("lesion") else None,
         voxel_ml=voxel_volume_ml(batch["brain"]),
         pixel_mm2=float(_oriented(batch["brain"]).pixdim[:2].prod()),
+        prepared=batch["image"].as_tensor().cpu(),
+        from_prepared=lambda anomaly_map: _ras(to_input_grid(anomaly_map, batch)),
     )
 
 
 class BaselineMetrics:
-    """Metrics of the baselines that cost nothing: the intensity, and the mean healthy image.
+    """Metrics of the baselines that cost nothing: the intensity, and what is seen beside healthy brains.
 
     Args:
         modalities: of the images; with several the intensity of each is a baseline.
-        mean_image: fitted on healthy training subjects, or None.
+        healthy: fitted on healthy training subjects, or None.
     """
 
-    def __init__(self, modalities: Sequence[str], mean_image: MeanHealthyImage | None = None) -> None:
+    def __init__(self, modalities: Sequence[str], healthy: HealthyBaselines | None = None) -> None:
         self.baselines: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
         for direction, (channel, modality) in product(DIRECTIONS, enumerate(modalities)):
             name = f"intensity_{direction}_{modality}" if len(modalities) > 1 else f"intensity_{direction}"
             self.baselines[name] = partial(_intensity, channel=channel, direction=direction)
-        if mean_image is not None:
-            self.baselines["mean_healthy_image"] = mean_image
-        self.metrics = {name: DetectionMetrics() for name in self.baselines}
+        self.of_prepared = {} if healthy is None else healthy.atlases
+        if healthy is not None:
+            self.baselines["mean_healthy_image"] = healthy.mean_image
+        self.metrics = {name: DetectionMetrics() for name in (*self.baselines, *self.of_prepared)}
 
     def update(self, case: LabelledCase) -> None:
         """Add a case."""
-        for name, baseline in self.baselines.items():
-            anomaly_map = baseline(case.image, case.brain)[0]
-            self.metrics[name].update(case.subject, anomaly_map, case.lesion, case.brain[0], voxel_ml=case.voxel_ml)
+        maps = {name: baseline(case.image, case.brain) for name, baseline in self.baselines.items()}
+        foreground = foreground_of(case.prepared[None])[0]
+        for name, baseline in self.of_prepared.items():
+            maps[name] = case.from_prepared(baseline(case.prepared, foreground)).clamp(min=0) * case.brain
+        about = {"voxel_ml": case.voxel_ml, "site": case.site}
+        for name, anomaly_map in maps.items():
+            self.metrics[name].update(case.subject, anomaly_map[0], case.lesion, case.brain[0], **about)
 
     def compute(self, seed: int) -> dict[str, dict[str, Any]]:
         """The metrics of each baseline."""
@@ -108,7 +119,7 @@ class Evaluate:
         bundle: its key.
         preprocessing: for its settings.
         result: path of the JSON.
-        mean_image: fitted on healthy training subjects, or None.
+        healthy_baselines: fitted on healthy training subjects, or None.
         baselines: whether to measure them.
     """
 
@@ -119,7 +130,7 @@ class Evaluate:
         bundle: str,
         preprocessing: Recorded,
         result: str,
-        mean_image: MeanHealthyImage | None = None,
+        healthy_baselines: HealthyBaselines | None = None,
         baselines: bool = True,
     ) -> None:
         self.network = network
@@ -133,7 +144,7 @@ class Evaluate:
         self.baselines = None
         if baselines:
             about = json.loads((Path(bundle_root(bundle)) / "configs" / "metadata.json").read_text(encoding="utf-8"))
-            self.baselines = BaselineMetrics(about["modalities"], mean_image)
+            self.baselines = BaselineMetrics(about["modalities"], healthy_baselines)
         self.run_time = RunTime(network.axis)
 
     def attach(self, engine: Engine) -> None:
@@ -165,6 +176,7 @@ class Evaluate:
                 reconstruction=reconstruction,
                 segmentation=_ras(output["segmentation"])[0],
                 voxel_ml=case.voxel_ml,
+                site=case.site,
             )
             self.protocols.update(
                 anomaly_map.numpy(),
@@ -211,10 +223,10 @@ def _ras(volume: MetaTensor) -> Tensor:
     return _oriented(cast(MetaTensor, volume.to(torch.float32))).as_tensor().cpu()
 
 
-def fit_mean_image(
+def fit_healthy_baselines(
     data: Sequence[dict[str, Any]], transform: Callable[[dict[str, Any]], dict[str, Any]]
-) -> MeanHealthyImage | None:
-    """The mean healthy image of prepared training subjects; None where the cohort has none."""
+) -> HealthyBaselines | None:
+    """The baselines that have seen prepared healthy training subjects; None where the cohort has none."""
     if not data:
         return None
 
@@ -223,4 +235,4 @@ def fit_mean_image(
             image = transform(item)["image"].as_tensor()
             yield image, foreground_of(image[None])[0]
 
-    return MeanHealthyImage().fit(volumes())
+    return HealthyBaselines.fit(volumes(), len(data))

@@ -1,23 +1,33 @@
-"""The two baselines that cost nothing: an intensity threshold, and the mean healthy image in the same space.
+"""The baselines that cost nothing: an intensity threshold, the mean healthy image, and what exceeds a healthy atlas.
 
 A method that does not beat them has learnt nothing about anatomy (Meissen et al., BrainLes 2021, for the first one).
-Both are callables `(image, foreground) -> map` on volumes, image (C, H, W, D) float32 in [0, 1] with background 0 and
+All are callables `(image, foreground) -> map` on volumes, image (C, H, W, D) float32 in [0, 1] with background 0 and
 foreground (1, H, W, D) bool; the map (1, H, W, D) float32 >= 0 is 0 outside the foreground, higher = more abnormal.
 With several modalities the map is the mean over them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from monai.networks.layers import gaussian_1d, separable_filtering
 from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..networks.volume import smoothed_within
+
 Direction = Literal["bright", "dark"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+SIGMA_VOX = 1.5  # of the smoothing of maps and atlas; the boxes of two brains match to within some millimetres
+RIM_VOX = 2
+ATLAS_SHAPE = (73, 91, 78)  # voxels of 2 mm of the box around the brain of MNI152
+ATLAS_SUBJECTS = 30  # 16 give what 60 give
+MIN_COUNT = 0.05  # of a subject; where fewer healthy brains are, the atlas says nothing
 _TINY = 1e-6  # keeps 0 / 0 at 0 where no brain is
 
 
@@ -83,6 +93,128 @@ class MeanHealthyImage:
         anomaly_map = torch.zeros_like(image[:1])
         anomaly_map[where] = (x - mean).abs().mean(0, keepdim=True) * foreground[where]
         return anomaly_map
+
+
+def darkness(image: Tensor, foreground: Tensor) -> Tensor:
+    """1 - x, (1, H, W, D), smoothed within the brain but its rim: what is dark."""
+    return smoothed(1 - image.mean(0, keepdim=True), without_rim(foreground))
+
+
+def brightness(image: Tensor, foreground: Tensor) -> Tensor:
+    """x, (1, H, W, D), smoothed within the brain but its rim: what is bright."""
+    return smoothed(image.mean(0, keepdim=True), without_rim(foreground))
+
+
+def darker_than_mirrored(image: Tensor, foreground: Tensor) -> Tensor:
+    """By how much a place is darker than all within one voxel of the same place on the other side, (1, H, W, D).
+
+    Smoothed before and after. The first spatial axis runs from left to right, and is mirrored about the middle of the
+    brain's box.
+    """
+    dark = smoothed(1 - image.mean(0, keepdim=True), foreground)
+    where = (slice(None), *_bounding_box(foreground))
+    mirrored, both = torch.zeros_like(dark), torch.zeros_like(foreground)
+    mirrored[where] = dark[where].flip(1)
+    both[where] = foreground[where] & foreground[where].flip(1)
+    return smoothed((dark - F.max_pool3d(mirrored, 3, 1, 1)).clamp(min=0) * both, foreground)
+
+
+Quantity = Callable[[Tensor, Tensor], Tensor]
+QUANTITIES: dict[str, Quantity] = {
+    "darkness_minus_atlas": darkness,
+    "brightness_minus_atlas": brightness,
+    "mirrored_minus_atlas": darker_than_mirrored,
+}
+
+
+class AboveHealthyAtlas:
+    """By how much a quantity of a place exceeds its mean at this place of healthy brains; 0 in the rim of the brain.
+
+    Places are matched by the boxes around the brains. The rim is left out because it is where tissue, fluid and what
+    the skull stripping left meet: everything differs there.
+
+    Args:
+        quantity: `(image, foreground) -> (1, H, W, D)`.
+
+    Attributes (after `fit`):
+        atlas_: (1, 73, 91, 78), the mean; where hardly any healthy brain was seen the highest mean, so that nothing
+            exceeds it by chance.
+    """
+
+    def __init__(self, quantity: Quantity) -> None:
+        self.quantity = quantity
+
+    def fit(self, volumes: Iterable[tuple[Tensor, Tensor]]) -> AboveHealthyAtlas:
+        """From (image, foreground) pairs of healthy subjects. Raises ValueError without any."""
+        pairs = list(volumes)
+        if not pairs:
+            raise ValueError("AboveHealthyAtlas.fit got no volume: it needs at least one healthy subject")
+        total, count = torch.zeros(1, *ATLAS_SHAPE), torch.zeros(1, *ATLAS_SHAPE)
+        for image, foreground in pairs:
+            inside = without_rim(foreground)
+            total += to_atlas(self.quantity(image, foreground) * inside, foreground)
+            count += to_atlas(inside.to(image.dtype), foreground)
+        seen = count > MIN_COUNT
+        mean = torch.where(seen, total / count.clamp(min=MIN_COUNT), 0)
+        self.atlas_ = torch.where(seen, mean, mean.max())
+        return self
+
+    def __call__(self, image: Tensor, foreground: Tensor) -> Tensor:
+        """The map, (1, H, W, D), shapes and ranges as in this module's docstring."""
+        exceeding = self.quantity(image, foreground) - from_atlas(self.atlas_, foreground)
+        return exceeding.clamp(min=0) * without_rim(foreground)
+
+
+@dataclass(frozen=True)
+class HealthyBaselines:
+    """The baselines that have seen healthy brains: the mean image, and what exceeds an atlas on the network's grid."""
+
+    mean_image: MeanHealthyImage
+    atlases: dict[str, AboveHealthyAtlas]
+
+    @classmethod
+    def fit(cls, volumes: Iterable[tuple[Tensor, Tensor]], count: int) -> HealthyBaselines:
+        """From `count` (image, foreground) pairs of healthy subjects; the atlases from every n-th of them, 30 at most.
+
+        Raises ValueError without any.
+        """
+        kept: list[tuple[Tensor, Tensor]] = []
+        every = max(math.ceil(count / ATLAS_SUBJECTS), 1)
+
+        def passed() -> Iterator[tuple[Tensor, Tensor]]:
+            for index, pair in enumerate(volumes):
+                if index % every == 0:
+                    kept.append(pair)
+                yield pair
+
+        mean_image = MeanHealthyImage().fit(passed())
+        return cls(mean_image, {name: AboveHealthyAtlas(quantity).fit(kept) for name, quantity in QUANTITIES.items()})
+
+
+def smoothed(volume: Tensor, foreground: Tensor) -> Tensor:
+    """As the maps of the methods are: the Gaussian mean of the foreground's voxels, 0 outside; (1, H, W, D)."""
+    return smoothed_within(volume[None], foreground[None], SIGMA_VOX)[0]
+
+
+def without_rim(foreground: Tensor) -> Tensor:
+    """The foreground but its outer `RIM_VOX` voxels, (1, H, W, D) bool; beyond the volume there is none."""
+    outside = F.pad((~foreground).float(), [RIM_VOX] * 6, value=1.0)
+    return F.max_pool3d(outside, 2 * RIM_VOX + 1, 1) == 0
+
+
+def to_atlas(volume: Tensor, foreground: Tensor) -> Tensor:
+    """(1, H, W, D), 0 outside -> the box around the brain of MNI152 at 2 mm, smoothed; sums and counts alike."""
+    kernel = gaussian_1d(torch.tensor(SIGMA_VOX), truncated=4.0, approx="sampled", normalize=True)
+    boxed = _resample(volume[(slice(None), *_bounding_box(foreground))], ATLAS_SHAPE)
+    return separable_filtering(boxed[None], [kernel.to(boxed)] * 3)[0]
+
+
+def from_atlas(atlas: Tensor, foreground: Tensor) -> Tensor:
+    """The atlas on the grid of a brain, (1, H, W, D); 0 outside its box."""
+    where = (slice(None), *_bounding_box(foreground))
+    volume = torch.zeros(foreground.shape).to(atlas)
+    volume[where] = _resample(atlas, volume[where].shape[1:])
+    return volume
 
 
 def _bounding_box(foreground: Tensor) -> tuple[slice, ...]:

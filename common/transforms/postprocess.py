@@ -151,6 +151,16 @@ def intensity_zero(data: Mapping[Any, Any]) -> Tensor:
     return torch.as_tensor(data.get("intensity_zero", 0.0), dtype=torch.float32).reshape(-1, 1, 1, 1)
 
 
+def to_input_grid(
+    volume: Tensor, data: Mapping[Any, Any], image_key: str = "image", mask_key: str = "brain"
+) -> MetaTensor:
+    """A volume (1, H, W, D) of the grid of the prepared image on the input's grid, (1, h, w, d), linearly."""
+    image, mask = data[image_key], data[mask_key]
+    resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=None)
+    moved = resample(MetaTensor(volume, affine=image.affine), **_input_grid(image, mask))
+    return MetaTensor(convert_to_tensor(moved, track_meta=False), affine=mask.affine)
+
+
 def _input_grid(image: MetaTensor, mask: MetaTensor) -> dict[str, Any]:
     """The grid of the mask in the world of a prepared image, which is another one where it was registered."""
     to_mni = np.reshape(image.meta.get("to_mni", np.eye(4)), (4, 4))

@@ -2,6 +2,15 @@ import pytest
 import torch
 
 from common.metrics import MeanHealthyImage, intensity_threshold
+from common.metrics.baselines import (
+    QUANTITIES,
+    AboveHealthyAtlas,
+    HealthyBaselines,
+    darker_than_mirrored,
+    from_atlas,
+    to_atlas,
+    without_rim,
+)
 
 
 def brain(size=(12, 14, 10), box=(8, 10, 6), start=(2, 1, 3), value=0.5, channels=1):
@@ -94,3 +103,88 @@ def test_mean_healthy_image_refuses_what_it_cannot_do():
         model.fit([])
     with pytest.raises(ValueError, match="empty"):
         model.fit([(image, torch.zeros_like(foreground))])
+
+
+def lobes(dent=0.0, size=(40, 44, 36)):
+    """A box-shaped brain of two equal halves, brighter to the front; `dent` darkens a cube on the left."""
+    image, foreground = torch.zeros(1, *size), torch.zeros(1, *size, dtype=torch.bool)
+    where = (0, slice(4, -4), slice(4, -4), slice(4, -4))
+    foreground[where] = True
+    image[where] = torch.linspace(0.4, 0.7, size[1] - 8)[None, :, None]
+    image[0, 10:15, 20:25, 16:21] -= dent
+    return image, foreground
+
+
+@pytest.mark.parametrize(
+    ("name", "dent", "found"),
+    [
+        ("darkness_minus_atlas", 0.3, True),
+        ("darkness_minus_atlas", -0.2, False),
+        ("brightness_minus_atlas", -0.2, True),
+        ("brightness_minus_atlas", 0.3, False),
+        ("mirrored_minus_atlas", 0.3, True),
+    ],
+)
+def test_what_exceeds_the_healthy_atlas_is_found_and_nothing_else(name, dent, found):
+    """Also in a brain of another size than the healthy ones; the gradient of the healthy brain is no lesion."""
+    healthy = AboveHealthyAtlas(QUANTITIES[name]).fit([lobes(), lobes(size=(44, 40, 38))])
+    image, foreground = lobes(dent)
+    result = healthy(image, foreground)
+    assert result.shape == foreground.shape and result.dtype == torch.float32
+    assert healthy(*lobes()).max() < 0.02
+    inside = torch.zeros_like(foreground)
+    inside[0, 7:18, 17:28, 13:24] = True  # smoothing carries it over the border of the cube
+    assert (result[0, 12, 22, 18] > 0.1 * abs(dent)) == found
+    assert result[~inside].max() < 0.02
+
+
+def test_the_side_that_is_darker_is_marked_and_not_its_mirror_image():
+    result = AboveHealthyAtlas(darker_than_mirrored).fit([lobes()])(*lobes(0.3))[0]
+    assert result[12, 22, 18] > 0.1
+    assert result[40 - 1 - 12, 22, 18] == 0
+    both, foreground = lobes(0.3)
+    both = torch.minimum(both, both.flip(1))
+    assert darker_than_mirrored(both, foreground).max() < 0.01
+
+
+def test_the_rim_is_left_out():
+    image, foreground = lobes()
+    image[:, :6] = 0.0  # two voxels of the brain
+    assert AboveHealthyAtlas(QUANTITIES["darkness_minus_atlas"]).fit([lobes()])(image, foreground).max() < 0.02
+    assert without_rim(torch.ones(1, 7, 7, 7, dtype=torch.bool)).sum() == 27  # beyond the volume there is no brain
+
+
+def test_a_brain_that_is_all_rim_has_an_empty_map():
+    image, foreground = lobes()
+    model = AboveHealthyAtlas(darker_than_mirrored).fit(
+        [(image, foreground), (image[..., 17:18], foreground[..., 17:18])]
+    )
+    assert (model(image[..., 17:18], foreground[..., 17:18]) == 0).all()
+    with pytest.raises(ValueError, match="at least one"):
+        AboveHealthyAtlas(darker_than_mirrored).fit([])
+
+
+def test_a_volume_carried_to_the_atlas_and_back_is_the_smoothed_volume():
+    image, foreground = lobes(0.2)
+    total, count = to_atlas(image * foreground, foreground), to_atlas(foreground.float(), foreground)
+    back = from_atlas(total / count.clamp(min=1e-6), foreground)
+    inside = without_rim(foreground)
+    assert (back - image)[inside].abs().mean() < 0.01
+    assert (back[~foreground] == 0).all()
+
+
+def test_baselines_that_have_seen_healthy_brains_are_fitted_in_one_pass():
+    seen = []
+
+    def volumes():
+        for index in range(31):
+            seen.append(index)
+            yield lobes(0.3 if index % 2 else 0.0)  # every second is kept for the atlases: these have no dent
+
+    healthy = HealthyBaselines.fit(volumes(), 31)
+    assert seen == list(range(31))
+    assert healthy.mean_image.n_subjects_ == 31
+    assert set(healthy.atlases) == set(QUANTITIES)
+    assert healthy.atlases["darkness_minus_atlas"](*lobes(0.3)).max() > 0.1
+    with pytest.raises(ValueError, match="at least one"):
+        HealthyBaselines.fit([], 0)
