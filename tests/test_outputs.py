@@ -18,6 +18,7 @@ from common.bundle import BUNDLES_DIR, run_inference
 from common.cli import app
 from common.cohorts import KINDS
 from common.errors import OutputError, UADError
+from common.handlers.training import SaveWeights
 from common.outputs import Inputs, case_place, check_case_folder, is_safe_name, put_in_place
 
 LAYOUTS = {"glioma": ["--layout", "tcga_lgg"], "patients": ["--layout", "brats"]}
@@ -256,6 +257,15 @@ def test_cohort(kind, output, root, tmp_path):
 
 def test_cohort_over_what_is_linked(root):
     refused("cohort", "glioma", "linked_glioma", "-o", "glioma", "--layout", "tcga_lgg")
+
+
+def test_training_that_monai_runs(root):
+    """Weights are not written over an image, a table or a folder; this is said before the first epoch."""
+    for name in ("cohort/cohort.csv", "cohort/s1/T1.nii.gz", "other"):
+        with pytest.raises(OutputError, match="weights"):
+            SaveWeights(None, None, str(root / name)).check(None)
+    for name in ("flat/w/model.pt", "new/model.pt"):
+        SaveWeights(None, None, str(root / name)).check(None)
 
 
 def test_report_over_another_page(root):

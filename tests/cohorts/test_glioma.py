@@ -105,16 +105,16 @@ def test_columns_are_in_the_order_of_the_paper_and_the_cohort_can_be_read(brats2
 def test_a_patient_who_lacks_a_modality_is_named(tmp_path, write_patient):
     write_patient(tmp_path / "TCGA_XX_0001", ("T1", "FLAIR"), 6, range(2))
     done = CliRunner().invoke(
-        app, ["cohort", "glioma", str(tmp_path), "-o", str(tmp_path / "o"), "--layout", "tcga_lgg"]
+        app, ["cohort", "glioma", str(tmp_path), "-o", str(tmp_path.with_suffix(".out")), "--layout", "tcga_lgg"]
     )
     assert done.exit_code != 0
     assert "TCGA_XX_0001_T1CE.nii.gz: no such file" in done.stderr
-    assert not (tmp_path / "o").exists()
+    assert not tmp_path.with_suffix(".out").exists()
 
 
 def test_a_folder_without_patients(tmp_path):
     done = CliRunner().invoke(
-        app, ["cohort", "glioma", str(tmp_path), "-o", str(tmp_path / "o"), "--layout", "brats2020"]
+        app, ["cohort", "glioma", str(tmp_path), "-o", str(tmp_path.with_suffix(".out")), "--layout", "brats2020"]
     )
     assert done.exit_code != 0
     assert "no <patient>_seg.nii.gz" in done.stderr

@@ -95,14 +95,14 @@ def test_jpeg_images_as_mednist_unpacks(tmp_path, archive, cohort, make_cohort):
 
 def test_too_few_of_the_recorded_images(tmp_path):
     np.savez(tmp_path / "some.npz", images=np.zeros((40, 64, 64), np.uint8), names=np.array(OTHERS + KEPT[:10]))
-    done = CliRunner().invoke(app, ["cohort", "headct-sprites", str(tmp_path), "-o", str(tmp_path / "o")])
+    done = CliRunner().invoke(app, ["cohort", "headct-sprites", str(tmp_path), "-o", str(tmp_path.with_suffix(".out"))])
     assert done.exit_code != 0
     assert "10 of val, 0 of test, 30 of train" in done.stderr
-    assert not (tmp_path / "o").exists()
+    assert not tmp_path.with_suffix(".out").exists()
 
 
 def test_a_folder_without_images(tmp_path):
-    done = CliRunner().invoke(app, ["cohort", "headct-sprites", str(tmp_path), "-o", str(tmp_path / "o")])
+    done = CliRunner().invoke(app, ["cohort", "headct-sprites", str(tmp_path), "-o", str(tmp_path.with_suffix(".out"))])
     assert done.exit_code != 0
     assert "no JPEG images, and no npz" in done.stderr
-    assert not (tmp_path / "o").exists()
+    assert not tmp_path.with_suffix(".out").exists()

@@ -49,6 +49,6 @@ def test_only_diseased_stacks_have_a_lesion_and_it_is_all_of_them(oct2017):
 
 
 def test_a_folder_that_is_not_the_data_set(tmp_path):
-    done = CliRunner().invoke(app, ["cohort", "oct", str(tmp_path), "-o", str(tmp_path / "o")])
+    done = CliRunner().invoke(app, ["cohort", "oct", str(tmp_path), "-o", str(tmp_path.with_suffix(".out"))])
     assert done.exit_code != 0
     assert "no images in train/NORMAL" in done.stderr
