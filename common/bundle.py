@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -87,7 +88,7 @@ def load_workflow(name: str, configs: list[str], workflow_type: str = "infer", *
 def split_settings(text: str) -> tuple[str, list[str]]:
     """`NAME[:ITEM=VALUE,...]` as the name and its ITEM=VALUE parts, for `parse_items`."""
     name, _, rest = text.partition(":")
-    return name, [part for part in rest.split(",") if part]
+    return name, [part for part in re.split(r",(?![^\[]*\])", rest) if part]
 
 
 def parse_items(texts: Iterable[str]) -> dict[str, Any]:

@@ -101,3 +101,12 @@ def test_calibration_is_part_of_the_state_in_full_precision():
     assert loaded.is_fitted
     assert loaded.threshold.item() == 1 / 3
     assert loaded.score_quantiles[-1].item() == 0.2
+
+
+def test_empty_map_has_no_percentile():
+    """A map of 0 is no healthier than all: the method saw nothing."""
+    calibration = Calibration()
+    calibration.fit(0.5, 0.01, torch.linspace(0.1, 1, 20))
+    brain = torch.ones(1, 4, 4, 4, dtype=torch.bool)
+    assert calibration.describe(torch.zeros(1, 4, 4, 4), brain, 0.5)["volume_score_percentile"] is None
+    assert calibration.describe(torch.full((1, 4, 4, 4), 0.01), brain, 0.5)["volume_score_percentile"] == 0

@@ -65,6 +65,7 @@ def with_affine(affine):
     """A file whose sform is written as it is, however wrong."""
     nifti = nib.Nifti1Image(brain(), None)
     nifti.header.set_sform(affine, code=1)
+    nifti.header["pixdim"][1:4] = np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)
     return nifti
 
 
@@ -102,6 +103,7 @@ def head_ct():
     shape = (100, 120, 100)
     nifti = nib.Nifti1Image(np.where(ball(shape, 0.95), 10 * brain(shape, 0.95), -1000).astype(np.int16), None)
     nifti.header.set_sform(np.diag([2.0, 2.0, 2.0, 1.0]), code=1)
+    nifti.header["pixdim"][1:4] = 2
     return nifti
 
 

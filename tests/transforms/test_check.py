@@ -87,3 +87,25 @@ def test_root_cause_is_found_under_monais_errors():
     assert root_cause(caught.value) is error
     other = RuntimeError("another")
     assert root_cause(other) is other
+
+
+LABELS = torch.arange(4096).reshape(16, 16, 16) // 2 % 40  # neighbours along one axis alone are the same
+NO_SCANS = {
+    "mask": (LABELS > 20).float(),
+    "label map": (torch.arange(27).reshape(1, 3, 3, 3) + 1.0)
+    .repeat_interleave(6, 1)
+    .repeat_interleave(6, 2)
+    .repeat_interleave(6, 3)[0],
+}
+
+
+@pytest.mark.parametrize("kind", NO_SCANS)
+def test_masks_and_label_maps_are_no_scans(kind):
+    with pytest.raises(ImageIntensityError, match=r"a mask or a label map; give the scan itself"):
+        check(MetaTensor(NO_SCANS[kind][None].float(), affine=np.eye(4)))
+
+
+def test_few_grey_values_are_a_scan_where_neighbours_differ():
+    greys = torch.randint(0, 60, (1, 12, 12, 12), generator=torch.Generator().manual_seed(0)).float()
+    check(MetaTensor(greys, affine=np.eye(4)))
+    check(MetaTensor(LABELS[None].float(), affine=np.eye(4)))

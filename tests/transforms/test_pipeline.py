@@ -123,7 +123,8 @@ def test_the_network_sees_the_same_brain_however_it_is_stored(phantom):
 def test_a_bright_spot_is_segmented_where_it_is(phantom, save_nifti, tmp_path):
     shape, affine = phantom.grid((1.2, 1.2, 3.0), OBLIQUE)
     volume, brain, lesion = phantom.on_grid(shape, affine)
-    volume = np.where(brain, 300 + 200 * lesion, 0).astype(np.float32)
+    texture = np.random.default_rng(0).uniform(0, 1, shape)  # all the same it would be a mask
+    volume = np.where(brain, 300 + 200 * lesion + texture, 0).astype(np.float32)
     found = there_and_back(str(save_nifti(tmp_path / "image.nii.gz", volume, affine)), upper=0.55, percentile=50.0)
     mask = found["segmentation"][0].numpy() > 0
     centre = nib.affines.apply_affine(affine, ndimage.center_of_mass(mask))
