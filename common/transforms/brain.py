@@ -101,8 +101,8 @@ class BrainMaskd(MapTransform):
             check_volume(mask, self.limits, source_name(image))
             return mask, "stripped"
         # a head whose air is below 0 looks like any other once its air is 0
-        air = torch.from_numpy(np.minimum(around, 0)).to(image.device)
-        head = cast(MetaTensor, image - air) if (around < 0).any() else image
+        below = torch.from_numpy(np.minimum(around, 0)).to(image.device)
+        head = cast(MetaTensor, image - below) if below.any() else image
         found = atlas_brain_mask(head) if self.strip == "atlas" else hd_bet_brain_mask(head)
         tissue = torch.from_numpy(~filled_in(values, around))
         mask = MetaTensor(found.as_tensor() & tissue.to(found.device), meta=dict(image.meta))
@@ -156,10 +156,10 @@ def brain_mask(image: MetaTensor) -> MetaTensor:
     Brighter than that, but for images from which a mean was taken away. Raises SkullStripError where nothing is.
     """
     above, level = above_background(image)
-    filled = _filled((above > level * BACKGROUND_SHARE).any(axis=0))
+    filled = _filled(np.any(above > level * BACKGROUND_SHARE, axis=0))
     below = above < -level * BACKGROUND_SHARE
     if below.sum() > filled.sum() / 20:  # else overshoot
-        both = _filled((np.abs(above) > level * BACKGROUND_SHARE).any(axis=0))
+        both = _filled(np.any(np.abs(above) > level * BACKGROUND_SHARE, axis=0))
         if any(is_negative(channel, both) for channel in above):
             filled = both
     return MetaTensor(torch.from_numpy(filled)[None], meta=dict(image.meta))
