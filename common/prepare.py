@@ -44,7 +44,8 @@ def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool
                         with replacing(output / paths[name]) as temporary:
                             save_nifti(volume, volume.affine.numpy(), temporary)
                     table.add(subject, OK, time.perf_counter() - started)
-                rows.append({"subject": subject, "split": item.get("split", ""), **paths})
+                site = {"site": str(item["site"])} if "site" in item else {}
+                rows.append({"subject": subject, "split": item.get("split", ""), **site, **paths})
             except Exception as error:
                 failed += 1
                 table.add_error(subject, error, time.perf_counter() - started)

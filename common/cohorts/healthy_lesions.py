@@ -189,7 +189,7 @@ def insert(
     cells = {}
     for kind, of_kind in masks.items():
         name = f"{subject}-{kind}"
-        settings = {"seed": seed, "atlas_mask": of_kind, "mni_to_subject": to_subject}
+        settings: dict[str, Any] = {"seed": seed, "atlas_mask": of_kind, "mni_to_subject": to_subject}
         transform = InsertLesionsd(brain_key="brain", subject_key="subject", kind=kind.value, **settings)
         item = transform({**corrected, "subject": name})
         change = (item["image"] - corrected["image"]) * corrected["bias_field"]  # 0 where there is no lesion
