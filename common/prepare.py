@@ -50,7 +50,8 @@ def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool
             except Exception as error:
                 failed.add(subject)
                 table.add_error(subject, error, time.perf_counter() - started)
-    rows = [{"subject": str(item["subject"]), "split": str(item.get("split", ""))} for item in items]
+    columns = ("subject", "split", *(["site"] if any("site" in item for item in items) else []))
+    rows = [{column: str(item.get(column, "")) for column in columns} for item in items]
     prepared = [row | paths[row["subject"]] for row in rows if row["subject"] not in failed]
     write_cohort(output / "cohort.csv", modalities, prepared)
     return len(failed)

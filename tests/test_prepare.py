@@ -48,3 +48,15 @@ def test_bad_subjects_are_left_out_and_done_again(cohort, tmp_path):
     assert prepare_cohort(cohort, tmp_path, 4.0, register=False, strip=None) == 0
     assert [item["subject"] for item in read_cohort(tmp_path / "cohort.csv", ["T1"])] == ["a", "b", "c", "d"]
     assert (tmp_path / "a" / "T1.nii.gz").stat().st_mtime_ns == written
+
+
+def test_the_site_of_a_subject_is_kept(cohort, tmp_path):
+    with cohort.open(newline="", encoding="utf-8") as file:
+        row = next(csv.DictReader(file))
+    source = tmp_path / "cohort.csv"
+    with source.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*row, "site"])
+        writer.writeheader()
+        writer.writerow({**row, "T1": str(cohort.parent / row["T1"]), "site": "north"})
+    assert prepare_cohort(source, tmp_path / "out", 4.0, register=False, strip=None) == 0
+    assert read_cohort(tmp_path / "out" / "cohort.csv", ["T1"])[0]["site"] == "north"

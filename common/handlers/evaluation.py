@@ -97,9 +97,10 @@ class BaselineMetrics:
         foreground = foreground_of(case.prepared[None])[0]
         for name, baseline in self.of_prepared.items():
             maps[name] = case.from_prepared(baseline(case.prepared, foreground)).clamp(min=0) * case.brain
-        about: dict[str, Any] = {"voxel_ml": case.voxel_ml, "site": case.site}
         for name, anomaly_map in maps.items():
-            self.metrics[name].update(case.subject, anomaly_map[0], case.lesion, case.brain[0], **about)
+            self.metrics[name].update(
+                case.subject, anomaly_map[0], case.lesion, case.brain[0], voxel_ml=case.voxel_ml, site=case.site
+            )
 
     def compute(self, seed: int) -> dict[str, dict[str, Any]]:
         """The metrics of each baseline."""

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ..errors import ResultError
-from .benchmark_table import EXPLAINED, LESIONS, SUBJECTS, TIMES, VOXELS, cell
+from .benchmark_table import EXPLAINED, LESIONS, SITES, SUBJECTS, TIMES, VOXELS, cell
 from .results import read_json
 
 AGAIN = "run uad benchmark again"
@@ -76,7 +76,11 @@ def benchmark_content(folder: Path) -> dict[str, Any]:
             "title": folder.resolve().name,
             "benchmark": OPTIONAL | benchmark,
             "counts": next(iter(results.values()), {}),
-            "tables": [_table(results, title, *about) for title, about in TABLES.items()] + [_run_times(results)],
+            "tables": [
+                *(_table(results, title, *about) for title, about in TABLES.items()),
+                _sites(results),
+                _run_times(results),
+            ],
             "plots": [plot for plot in drawn if plot[2] is not None],
         }
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -91,6 +95,17 @@ def _table(results: Results, title: str, metrics: Mapping[str, str], of_methods:
         "caption": EXPLAINED[title],
         "headings": list(metrics.values()),
         "rows": [(key, [_cell(result.get(name)) for name in metrics]) for key, result in rows.items()],
+    }
+
+
+def _sites(results: Results) -> dict[str, Any]:
+    measured = {key: r["sites"] for key, r in results.items() if r.get("sites") and not is_baseline(r)}
+    first: list[dict[str, Any]] = next(iter(measured.values()), [])
+    return {
+        "title": "Sites",
+        "caption": EXPLAINED["Sites"],
+        "headings": [f"{site['site'] or 'all'}: {heading}" for site in first for heading in SITES.values()],
+        "rows": [(key, [_cell(site[name]) for site in sites for name in SITES]) for key, sites in measured.items()],
     }
 
 

@@ -26,7 +26,11 @@ SUBJECTS = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
 }
-SITES = ("healthy_share", "healthy_worst_share", "voxel_recall_at_threshold")
+SITES = {
+    "healthy_share": "healthy voxels above threshold",
+    "healthy_worst_share": "worst healthy subject",
+    "voxel_recall_at_threshold": "lesion voxels found",
+}
 LESIONS = {
     "lesion_recall": "recall",
     "lesion_precision": "precision",

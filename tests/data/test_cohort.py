@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data.cohort import check_subjects, cohort_modalities, healthy_subjects, read_cohort
+from common.data.cohort import check_subjects, cohort_modalities, healthy_subjects, read_cohort, write_cohort
 from common.errors import CohortError
 
 COHORT = """subject,split,T1,T2,brain,lesion
@@ -154,3 +154,16 @@ def test_modalities_are_the_other_columns(tmp_path):
     assert cohort_modalities(write(tmp_path)) == ["T1", "T2"]
     with pytest.raises(CohortError, match="no column of a modality"):
         cohort_modalities(write(tmp_path, "subject,split,lesion\n"))
+
+
+def test_the_site_is_kept_where_it_is_known_and_is_no_modality(tmp_path):
+    rows = [
+        {"subject": "a", "split": "test", "site": "north", "T1": "a.nii.gz"},
+        {"subject": "b", "split": "test", "T1": "b.nii.gz"},
+    ]
+    write_cohort(tmp_path / "cohort.csv", ["T1"], rows)
+    assert cohort_modalities(tmp_path / "cohort.csv") == ["T1"]
+    first, second = read_cohort(tmp_path / "cohort.csv", ["T1"])
+    assert first["site"] == "north" and "site" not in second
+    write_cohort(tmp_path / "none.csv", ["T1"], rows[1:])
+    assert (tmp_path / "none.csv").read_text(encoding="utf-8").splitlines()[0] == "subject,split,T1,brain,lesion"

@@ -106,7 +106,8 @@ def benchmark_folder(tmp_path_factory):
             brain, lesion = np.ones((8, 8, 8), bool), np.zeros((8, 8, 8), bool)
             lesion[2:5, 2:5, 2:5] = subject < 4
             values = rng.random((8, 8, 8)) + contrast * lesion
-            metrics.update(str(subject), values, lesion, brain, threshold=None if kind == "baseline" else 0.9)
+            site, threshold = ("north", "south")[subject % 2], None if kind == "baseline" else 0.9
+            metrics.update(str(subject), values, lesion, brain, threshold=threshold, site=site)
         results[key] = metrics.compute(n_bootstrap=50) | {"key": key, "kind": kind}
         if kind == "method":
             time = {"seconds_per_volume": 2.0, "network_seconds_per_slice": 0.01, "slices_per_volume": 8.0}

@@ -229,6 +229,9 @@ def test_benchmark_has_tables_and_plots(benchmark_folder):
     for text in ("recall", "precision", "threshold / shipped threshold", "seconds a slice", "healthy", "intensity_T1"):
         assert text in page.text
     assert "vae failed: no </script> weights" in page.text
+    assert "north: worst healthy subject" in page.text
+    south = result["sites"][1]["healthy_worst_share"]["value"]
+    assert any(cells[0] == "seer" and cells[5] == f"{south:.3f}" for cells in page.cells if len(cells) == 7)
     assert not [a for tag, a in page.elements if tag == "img"]
     assert_asks_for_nothing(page)
     assert len(page.source) < 500_000
