@@ -17,8 +17,9 @@ if [ ! -x "$work/environment/bin/pytest" ]; then
     rm -rf "$work/environment"
     eval "$(block 1)"
     "$work/environment/bin/python" -m pip install pytest
-    # PyPI builds torchvision for CUDA; beside a torch for the CPU it lacks two operators
-    "$work/environment/bin/python" -c "import torchvision" 2>/dev/null || "$work/environment/bin/python" - <<'END'
+fi
+# PyPI builds torchvision for CUDA; beside a torch for the CPU it lacks two operators
+"$work/environment/bin/python" -c "import torchvision" 2>/dev/null || "$work/environment/bin/python" - <<'END'
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +31,6 @@ for name in ("nms", "qnms"):
 """
 init.write_text(lines + init.read_text())
 END
-fi
 
 rm -rf "$work"/{app,studies,expected}
 eval "$(block 2)"

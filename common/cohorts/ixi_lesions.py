@@ -115,7 +115,9 @@ def insert(
     loaded = LoadImageCheckedd(("image", "brain"), allow_missing_keys=True)(given)
     masks = [str(p) for p in atlas] if atlas else None
     if kind == Lesions.ATLAS and masks is None:
-        raise CohortError(output, "lesions of kind atlas need masks in MNI152 space", "give --atlas MASK")
+        raise CohortError(
+            output, "lesions of kind atlas need masks in MNI152 space", "choose another kind", atlas="MASK"
+        )
     transform = InsertLesionsd(brain_key="brain", subject_key="subject", kind=kind.value, seed=seed, atlas_mask=masks)
     item = transform(BrainMaskd("image")(loaded))
     files = {"T1": f"{name}_T1.nii.gz", "lesion": f"{name}_lesion.nii.gz"}

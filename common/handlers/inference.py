@@ -113,7 +113,7 @@ class SaveDetections:
         identity = self._identity(inputs, item.get("series"))
         if others := [key for key, value in identity.items() if record.get(key) != value]:
             fact = f"holds a result with another {', '.join(others)}"
-            raise OutputError(path.parent, fact, "choose another output folder, or --overwrite")
+            raise OutputError(path.parent, fact, "choose another output folder", overwrite="")
         return True
 
     def _place(self, item: Mapping[str, Any]) -> tuple[Path, str | None]:
@@ -157,4 +157,9 @@ def source_series(image: MetaTensor) -> Series:
     """The DICOM series that an image was read from. Raises DicomError."""
     if uid := image.meta.get("series_uid"):
         return choose_series(source_name(image), str(uid))
-    raise DicomError(source_name(image), "no DICOM series, which DICOM results would refer to", "use --format nifti")
+    raise DicomError(
+        source_name(image),
+        "no DICOM series, which DICOM results would refer to",
+        "give a DICOM folder",
+        output_format="nifti",
+    )

@@ -93,11 +93,15 @@ def brain_mask(image: MetaTensor) -> MetaTensor:
 
 def check_stripped(image: MetaTensor, mask: MetaTensor) -> None:
     """Raises SkullStripError where the foreground is too large for a brain or the air around it is not empty."""
-    remedy = "skull-strip it first (HD-BET, SynthStrip, ...), or use --strip atlas (approximate), or give --brain-mask"
     volume_ml = float(mask.sum()) * voxel_volume_ml(image)
     if volume_ml > MAX_BRAIN_ML:
-        raise SkullStripError(source_name(image), f"a foreground of {volume_ml:.0f} ml is no brain alone", remedy)
+        raise _not_stripped(image, f"a foreground of {volume_ml:.0f} ml is no brain alone")
     air = image.as_tensor()[:, ~mask.as_tensor()[0]]
     noisy = float((air != 0).float().mean()) if air.numel() else 0.0
     if noisy > MAX_NOISY_AIR:
-        raise SkullStripError(source_name(image), f"{noisy:.0%} of the voxels around the brain are not 0", remedy)
+        raise _not_stripped(image, f"{noisy:.0%} of the voxels around the brain are not 0")
+
+
+def _not_stripped(image: MetaTensor, fact: str) -> SkullStripError:
+    advice = "skull-strip it first (HD-BET, SynthStrip, ...)"
+    return SkullStripError(source_name(image), fact, advice, strip="atlas", brain_mask="MASK")
