@@ -5,6 +5,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
 root=$PWD
+command -v uad >/dev/null || { echo "test.sh: no command uad; activate the environment of the repository (README.md, Install)" >&2; exit 1; }
 work=$(realpath -m "${1:-build/monai_label}")
 port=$(python -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
 
