@@ -236,7 +236,7 @@ REFUSED = {  # what differs from a good command, and the line
     "no bundle": ({"bundle": "nowhere"}, "BundleError: nowhere: no such folder; give .* -m"),
     "output is a file": ({"output": HERE / "README.md"}, "OutputError: .*README.md: cannot be written .*-o"),
     "output cannot be made": ({"output": "/proc/nowhere"}, "OutputError: /proc/nowhere: cannot be written .*-o"),
-    "several modalities": ({"bundle": BUNDLES / "berdiff"}, "BundleError: berdiff: works on .* together"),
+    "several modalities": ({"bundle": BUNDLES / "berdiff_glioma"}, "BundleError: berdiff_glioma: works on .* together"),
     "no settings": ({"settings": None}, "SettingError: .*my.yaml: no such file of settings"),
     "no YAML": ({"settings": "detection: [strip"}, "SettingError: .*my.yaml: cannot be read"),
     "misspelt": ({"settings": "detection:\n  stripp: atlas\n"}, "SettingError: .*no stripp; choose from strip,"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import highdicom
 import numpy as np
 import pydicom
 import pytest
 import torch
 from monai.data import MetaTensor
+from pydicom.uid import generate_uid
 
 from common.data.dicom import choose_series, read_series
 from common.report.case import Case
@@ -36,6 +38,7 @@ OF_THE_PATIENT = {
 NAMED = {"PatientName": "PLANTED^NAME", "PatientID": "PLANTED-ID", "AccessionNumber": "PLANTED-ACC"}
 
 OF_THE_IMAGE = {"Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "InstanceNumber"}
+OF_THE_IMAGE |= {"NumberOfFrames", "DimensionOrganizationType", "PresentationLUTShape", "InstanceCreationDate"}
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +56,31 @@ def write(folder, series, image):
     return {name: pydicom.dcmread(folder / f"{name}.dcm") for name in ("segmentation", "anomaly_map")}
 
 
-def test_results_say_nothing_of_the_patient(write_series, deidentified, tmp_path):
+def as_one_file(folder, files):
+    """The images as one of many frames."""
+    images = [pydicom.dcmread(path) for path in files]
+    for path in files:
+        path.unlink()
+    converted = highdicom.legacy.LegacyConvertedEnhancedMRImage(
+        images, generate_uid(), 1, generate_uid(), 1, strict=False
+    )
+    converted.save_as(folder / "IM1")
+
+
+@pytest.mark.parametrize("is_multiframe", [False, True], ids=["a file a slice", "one file"])
+def test_results_say_nothing_of_the_patient(is_multiframe, write_series, deidentified, tmp_path):
     written = write_series(tmp_path / "in", **OF_THE_PATIENT)
-    before = [path.read_bytes() for path in written.files]
+    if is_multiframe:
+        as_one_file(tmp_path / "in", written.files)
+    files = sorted((tmp_path / "in").iterdir())
+    before = [path.read_bytes() for path in files]
     series = choose_series(tmp_path / "in")
     image = read_series(series)
     named = write(tmp_path / "named", series, image)
     with deidentified(series) as headers:
         nameless = write(tmp_path / "nameless", headers, image)
     for name, dataset in nameless.items():
-        other, source = named[name], pydicom.dcmread(written.files[0])
+        other, source = named[name], pydicom.dcmread(files[0])
         carried = {element.keyword for element in other if source.get(element.tag) == element}
         assert {"PatientName", "PatientAge", "PatientWeight", "StudyDate"} <= carried
         kept = {keyword for keyword in carried if dataset.get(keyword) and not keyword.endswith("UID")}
@@ -76,6 +94,6 @@ def test_results_say_nothing_of_the_patient(write_series, deidentified, tmp_path
         assert dataset.StudyInstanceUID == other.StudyInstanceUID
         (referenced,) = dataset.ReferencedSeriesSequence
         assert {one.ReferencedSOPInstanceUID for one in referenced.ReferencedInstanceSequence} == {
-            pydicom.dcmread(path).SOPInstanceUID for path in written.files
+            pydicom.dcmread(path).SOPInstanceUID for path in files
         }
-    assert [path.read_bytes() for path in written.files] == before
+    assert [path.read_bytes() for path in files] == before
