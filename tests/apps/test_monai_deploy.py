@@ -38,7 +38,8 @@ OF_THE_PATIENT = {
 NAMED = {"PatientName": "PLANTED^NAME", "PatientID": "PLANTED-ID", "AccessionNumber": "PLANTED-ACC"}
 
 OF_THE_IMAGE = {"Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "InstanceNumber"}
-OF_THE_IMAGE |= {"NumberOfFrames", "DimensionOrganizationType", "PresentationLUTShape", "InstanceCreationDate"}
+OF_THE_IMAGE |= {"NumberOfFrames", "DimensionOrganizationType", "PresentationLUTShape", "PixelPresentation"}
+OF_THE_IMAGE |= {"ContentQualification", "InstanceCreationDate"}
 
 
 @pytest.fixture(scope="module")
