@@ -15,6 +15,7 @@ ITEMS = {
     "brain_mask": "give --dataset::data::brain {}",
     "series": "give --dataset::data::series {}",
     "bundle_root": "give --bundle_root {}",
+    "items": "give --{}",
 }
 _WORDS: ContextVar[Mapping[str, str]] = ContextVar("words", default=ITEMS)
 
@@ -40,6 +41,7 @@ class UADError(Exception):
         fact: what is wrong.
         advice: what helps however a bundle is run: it names no option.
         settings: what helps too, where it can be set: the value by the setting's name, see `settings_said_as`.
+            `items` is any item of a config, ITEM=VALUE.
     """
 
     def __init__(self, source: object, fact: str, advice: str, **settings: str) -> None:
