@@ -35,7 +35,7 @@ def bundle_root(name: str) -> str:
     for folder in candidates:
         if _is_bundle(folder, name):
             return str(folder.resolve())
-    raise BundleError(name, "no such bundle here", "run from the bundle's folder or give --bundle_root")
+    raise BundleError(name, "no such bundle here", "run from the bundle's folder", bundle_root="FOLDER")
 
 
 def _is_bundle(folder: Path, name: str) -> bool:

@@ -33,7 +33,7 @@ from .bundle import (
 from .cohorts import KINDS
 from .data.cases import find_cases
 from .data.cohort import cohort_files
-from .errors import UADError
+from .errors import UADError, settings_said_as
 from .export import export_bundle, export_onnx, export_torchscript
 from .outputs import check_result
 from .prepare import prepare_cohort
@@ -45,7 +45,7 @@ from .weights import sha256
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 cohorts = typer.Typer(no_args_is_help=True)
-app.add_typer(cohorts, name="cohort", help="Build a labelled test cohort from a folder of public images.")
+app.add_typer(cohorts, name="cohort")
 
 FAILED = 3
 KEY_HELP = "Key of a bundle, see `uad list`."
@@ -113,11 +113,26 @@ Items = Annotated[
 
 
 @app.callback()
-def main() -> None:
+def main(context: typer.Context) -> None:
     """Find what is abnormal in a brain scan, with methods trained on healthy images only."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be of any bytes
+    _advise_options(context)
+
+
+@cohorts.callback()
+def cohort_kind(context: typer.Context) -> None:
+    """Build a labelled test cohort from a folder of public images."""
+    _advise_options(context)
+
+
+def _advise_options(context: typer.Context) -> None:
+    """What an error advises are options of the command that runs, and no others."""
+    command = context.command.commands[context.invoked_subcommand]  # type: ignore[attr-defined]
+    options = (parameter for parameter in command.params if parameter.param_type_name == "option")
+    words = {option.name: f"give {option.opts[-1]}{'' if option.is_flag else ' {}'}" for option in options}
+    context.with_resource(settings_said_as(words))
 
 
 @app.command()

@@ -5,13 +5,61 @@ Each message is one line: the file, what is wrong, what to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+# how `monai.bundle run` takes a setting: by the item of a config
+ITEMS = {
+    "strip": "give --preprocessing::strip {}",
+    "brain_mask": "give --dataset::data::brain {}",
+    "series": "give --dataset::data::series {}",
+    "bundle_root": "give --bundle_root {}",
+    "items": "give --{}",
+}
+_WORDS: ContextVar[Mapping[str, str]] = ContextVar("words", default=ITEMS)
+
+
+@contextmanager
+def settings_said_as(words: Mapping[str, str]) -> Iterator[None]:
+    """How the reader of an error gives a setting here, by its name; one without words is not advised.
+
+    words: text of each setting, "{}" in it stands for the value.
+    """
+    before = _WORDS.set(words)
+    try:
+        yield
+    finally:
+        _WORDS.reset(before)
+
 
 class UADError(Exception):
-    """Base of all errors that a user can act on."""
+    """Base of all errors that a user can act on.
 
-    def __init__(self, source: object, fact: str, remedy: str) -> None:
-        self.source, self.fact, self.remedy = str(source), fact, remedy
-        super().__init__(" ".join(f"{source}: {fact}; {remedy}".split()))
+    Args:
+        source: the file, or what else it is about.
+        fact: what is wrong.
+        advice: what helps however a bundle is run: it names no option.
+        settings: what helps too, where it can be set: the value by the setting's name, see `settings_said_as`.
+            `items` is any item of a config, ITEM=VALUE.
+    """
+
+    def __init__(self, source: object, fact: str, advice: str, **settings: str) -> None:
+        super().__init__(source, fact, advice)
+        self.source, self.fact, self.advice, self.settings = str(source), fact, advice, settings
+
+    @property
+    def remedy(self) -> str:
+        """What the reader can do here."""
+        return self.remedy_in(_WORDS.get())
+
+    def remedy_in(self, words: Mapping[str, str]) -> str:
+        """What a reader can do who gives settings in these words."""
+        said = (words[name].format(value).strip() for name, value in self.settings.items() if name in words)
+        return ", or ".join([self.advice, *said])
+
+    def __str__(self) -> str:
+        return " ".join(f"{self.source}: {self.fact}; {self.remedy}".split())
 
 
 class ImageFileError(UADError):

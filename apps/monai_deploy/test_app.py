@@ -27,13 +27,14 @@ PLANTED = {"PatientName": "PLANTED^NAME", "PatientID": "PLANTED-ID", "PatientBir
 REAL = sorted((Path(os.environ["UAD_TEST_DATA"]) / "dicom").glob("*/")) if "UAD_TEST_DATA" in os.environ else []
 
 
-def run(*arguments):
+def run(*arguments, **variables):
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parents[1])
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parents[1], env=environment)
 
 
-def run_app(folder, bundle, output):
-    return run(HERE / "app", "-i", folder, "-m", bundle, "-o", output)
+def run_app(folder, bundle, output, *options, **variables):
+    return run(HERE / "app", "-i", folder, "-m", bundle, "-o", output, *options, **variables)
 
 
 def run_bundle(folder, bundle, output):
@@ -210,6 +211,59 @@ def test_bad_input_is_one_line(spoil, samples, tmp_path):
     assert re.match(BAD[spoil], lines[0])
     assert "PLANTED" not in done.stdout + done.stderr
     assert not list((tmp_path / "out").glob("*"))
+
+
+SETTINGS = (HERE / "app" / "app.yaml").read_text()
+
+
+def test_settings_of_ones_own_and_nothing_of_the_patient(samples, detected, tmp_path):
+    """A file of settings beside which there are no rules, and results without the patient, but for that the same."""
+    (tmp_path / "my.yaml").write_text(SETTINGS.replace("strip: atlas", "strip: none"))
+    where = {"HOLOSCAN_CONFIG_PATH": tmp_path / "my.yaml"}
+    done = run_app(samples["T1"], BUNDLES / "dae", tmp_path / "out", "--deidentify", **where)
+    assert done.returncode == 0, done.stderr
+    named = pydicom.dcmread(detected("dae")[0] / "segmentation.dcm")
+    nameless = pydicom.dcmread(tmp_path / "out" / "segmentation.dcm")
+    assert (str(named.PatientName), str(nameless.PatientName)) == (PLANTED["PatientName"], "")
+    assert nameless.PatientIdentityRemoved == "YES"
+    assert nameless.PixelData == named.PixelData
+    assert not [path for path in (tmp_path / "out").iterdir() if b"PLANTED" in path.read_bytes()]
+
+
+REFUSED = {  # what differs from a good command, and the line
+    "no input": ({"folder": "nowhere"}, "DicomError: nowhere: no such folder; give the folder .* -i"),
+    "input is a file": ({"folder": HERE / "README.md"}, "DicomError: .*README.md: no such folder"),
+    "no bundle": ({"bundle": "nowhere"}, "BundleError: nowhere: no such folder; give .* -m"),
+    "output is a file": ({"output": HERE / "README.md"}, "OutputError: .*README.md: cannot be written .*-o"),
+    "output cannot be made": ({"output": "/proc/nowhere"}, "OutputError: /proc/nowhere: cannot be written .*-o"),
+    "several modalities": ({"bundle": BUNDLES / "berdiff_glioma"}, "BundleError: berdiff_glioma: works on .* together"),
+    "no settings": ({"settings": None}, "SettingError: .*my.yaml: no such file of settings"),
+    "no YAML": ({"settings": "detection: [strip"}, "SettingError: .*my.yaml: cannot be read"),
+    "misspelt": ({"settings": "detection:\n  stripp: atlas\n"}, "SettingError: .*no stripp; choose from strip,"),
+    "of no use": ({"settings": "detection:\n  strip: magic\n"}, "SettingError: .*choose one of atlas, hd-bet, none"),
+    "no rules": ({"settings": "detection:\n  rules: mine.json\n"}, "SettingError: .*mine.json: no such file of rules"),
+    "a head": (
+        {"settings": "detection:\n  strip: none\n", "folder": "head"},
+        "SkullStripError: .*; skull-strip it first .*, or set strip: atlas in my.yaml$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_use_is_one_line(case, samples, tmp_path):
+    change, line = REFUSED[case]
+    command = {"folder": samples["T1"], "bundle": BUNDLES / "dae", "output": tmp_path / "out", "settings": SETTINGS}
+    command |= change
+    if (settings := command.pop("settings")) is not None:
+        (tmp_path / "my.yaml").write_text(settings)
+    if command["folder"] == "head":
+        command["folder"] = tmp_path / "head"
+        MAKE["write_series"](nib.load(MAKE["SAMPLE"].with_name("head_lesions_T1.nii.gz")), command["folder"])
+    done = run_app(**command, HOLOSCAN_CONFIG_PATH=tmp_path / "my.yaml")
+    assert done.returncode == 3, done.stderr
+    (said,) = done.stderr.splitlines()
+    assert re.search(line, said)
+    assert "--" not in said
 
 
 DESCRIPTIONS = {  # of a series, and the selections that it belongs to

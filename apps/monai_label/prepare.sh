@@ -3,6 +3,7 @@
 set -euo pipefail
 app=${1:?usage: prepare.sh APP KEY...}
 
+command -v uad >/dev/null || { echo "prepare.sh: no command uad; activate the environment of the repository (README.md, Install)" >&2; exit 1; }
 mkdir -p "$app/model"
 cp "$(dirname "$0")/main.py" "$app"
 for key in "${@:2}"; do

@@ -5,6 +5,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
 root=$PWD
+command -v uad >/dev/null || { echo "test.sh: no command uad; activate the environment of the repository (README.md, Install)" >&2; exit 1; }
 work=$(realpath -m "${1:-build/monai_label}")
 port=$(python -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
 
@@ -17,8 +18,9 @@ if [ ! -x "$work/environment/bin/pytest" ]; then
     rm -rf "$work/environment"
     eval "$(block 1)"
     "$work/environment/bin/python" -m pip install pytest
-    # PyPI builds torchvision for CUDA; beside a torch for the CPU it lacks two operators
-    "$work/environment/bin/python" -c "import torchvision" 2>/dev/null || "$work/environment/bin/python" - <<'END'
+fi
+# PyPI builds torchvision for CUDA; beside a torch for the CPU it lacks two operators
+"$work/environment/bin/python" -c "import torchvision" 2>/dev/null || "$work/environment/bin/python" - <<'END'
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +32,6 @@ for name in ("nms", "qnms"):
 """
 init.write_text(lines + init.read_text())
 END
-fi
 
 rm -rf "$work"/{app,studies,expected}
 eval "$(block 2)"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import SimpleITK as sitk  # noqa: N813 - everyone's name for it
 
 if "LABEL_SERVER" not in os.environ:
@@ -182,6 +183,7 @@ def refused(status, text, *args, **kwargs):
         infer(*args, **kwargs)
     assert f"Status: {status}" in error.value.msg
     assert text in error.value.msg
+    assert " --" not in error.value.msg  # options are for those who have a command line
 
 
 def test_bad_upload_is_refused_and_the_server_lives(bad_upload):
@@ -194,10 +196,41 @@ def test_bad_upload_is_refused_and_the_server_lives(bad_upload):
 def test_bad_request_is_refused():
     refused(404, "no such image", "dae", image_id="sub-99")
     refused(404, "no model 'berdiff'", "berdiff")
-    for threshold in ("high", "", None, True, [0.1]):
+    for threshold in ("high", "", None, True, [0.1], -1, "-0.1"):
         refused(422, "threshold is", "dae", threshold=threshold)
+    refused(422, "min_volume_ml is -1", "dae", min_volume_ml=-1)
+    refused(422, "no parameter is called 'treshold'; did you mean threshold?", "dae", treshold=0.1)
+    refused(422, "no weights 'other.pt' in dae; there are model.pt", "dae", model_filename="other.pt")
     refused(422, "save_map", "dae", save_map="perhaps")
     refused(422, "integers", "dae", save_map=True, **VIEWER)
+
+
+@pytest.mark.parametrize(
+    ("path", "params", "status", "text"),
+    [
+        (f"infer/dae?image={NAME}", "{bad", 422, "params is not JSON"),
+        (f"infer/dae?image={NAME}", '{"threshold": NaN}', 422, "NaN"),
+        (f"infer/dae?image={NAME}", '{"threshold": 1e999}', 422, "threshold is inf"),
+        (f"infer/dae?image={NAME}", "[0.1]", 422, "params is no object"),
+        (f"infer/dae?image={NAME}&output=dicom_seg", "{}", 422, "no DICOM from a folder of images"),
+        (f"infer/dae?image={NAME}&output=nothing", "{}", 422, "output"),
+        ("infer/dae", "{}", 422, "no image"),
+        ("train/dae", None, 404, "no trainer for dae"),
+        ("train/", None, 404, "no trainer for any bundle"),
+        ("batch/infer/berdiff", None, 404, "no model 'berdiff'; there are dae, mad_ad"),
+    ],
+)
+def test_request_without_an_answer_is_told_why(path, params, status, text):
+    """One line, with a status that says that the request is to blame."""
+    form = None if params is None else {"params": params}
+    answer = requests.post(f"{SERVER}/{path}", data=form, json={} if form is None else None, timeout=60)
+    assert (answer.status_code, text in answer.text) == (status, True), answer.text
+    assert "Traceback" not in answer.text and "\\n" not in answer.text
+
+
+def test_batch_of_a_misspelt_setting_is_refused():
+    answer = requests.post(f"{SERVER}/batch/infer/dae", json={"treshold": 0.1}, timeout=60)
+    assert (answer.status_code, "'treshold'" in answer.text) == (422, True)
 
 
 def test_many_clients_at_once():

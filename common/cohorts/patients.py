@@ -61,7 +61,7 @@ def make_patients(
     where = LAYOUTS[layout.value]
     masks = sorted(data_dir.glob(where.glob))
     if not masks:
-        raise CohortError(data_dir, f"no {where.glob}", "choose another --layout, or see docs/data.md")
+        raise CohortError(data_dir, f"no {where.glob}", "see docs/data.md", layout="ANOTHER")
     rows = []
     for mask in masks:
         named = {**where.modalities, **({"brain": where.brain} if where.brain else {})}
@@ -82,4 +82,4 @@ def find(path: Path) -> Path:
     for file in (path, plain, plain.with_name(f"{plain.name}.gz")):
         if file.is_file():
             return file
-    raise CohortError(path, "no such file beside the lesion mask", "complete the data set, or choose another --layout")
+    raise CohortError(path, "no such file beside the lesion mask", "complete the data set", layout="ANOTHER")

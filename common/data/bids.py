@@ -34,7 +34,7 @@ def find_scans(root: Path, modalities: Sequence[str], participants: Sequence[str
     labels = {label.removeprefix("sub-") for label in participants}
     found = {folder.name.removeprefix("sub-"): folder for folder in sorted(root.glob("sub-*")) if folder.is_dir()}
     if missing := sorted(labels - set(found)):
-        raise CohortError(root, f"no participant {', '.join(missing)}", "check --participant-label")
+        raise CohortError(root, f"no participant {', '.join(missing)}", "check the labels", participant_label="LABEL")
     folders = [folder for label, folder in found.items() if not labels or label in labels]
     items = [item for folder in folders for item in _items(root, folder, modalities)]
     if not items:

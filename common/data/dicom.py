@@ -167,10 +167,10 @@ def choose_series(folder: str | Path, series: str | None = None) -> Series:
         chosen = [one for one in found if name in (one.uid, one.description.strip().casefold())]
     if not chosen:
         fact = f"no series is called {series!r}, there are: {', '.join(map(str, found))}"
-        raise DicomError(folder, fact, "--series takes a UID or a description")
+        raise DicomError(folder, fact, "name one by its UID or description", series="UID")
     if len(chosen) > 1:
         fact = f"{len(chosen)} series: {', '.join(map(str, chosen))}"
-        raise DicomError(folder, fact, "choose one with --series UID or description")
+        raise DicomError(folder, fact, "give a folder with one series", series="UID_OR_DESCRIPTION")
     check_series(chosen[0])
     return chosen[0]
 

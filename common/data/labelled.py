@@ -44,7 +44,7 @@ def check_labelled_cohort(cohort: str | Path, modalities: Sequence[str], needs_h
         raise CohortError(path, "column lesion: no test subject has a lesion", "give the lesion masks")
     if needs_healthy and False not in kinds:
         fact = "column lesion: no test subject is healthy, so there is no false-positive share"
-        raise CohortError(path, fact, "add healthy rows to the split test, or leave the share out with --no-healthy")
+        raise CohortError(path, fact, "add healthy rows to the split test", no_healthy="")
 
 
 def _check_files(path: Path, rows: Mapping[int, Mapping[str, str]], modalities: Sequence[str]) -> None:

@@ -143,7 +143,7 @@ class SaveDetections:
         before = {key: record[key] for key in identity if key in record}
         if others := differences(before, identity, "not recorded"):
             fact = f"holds another result ({'; '.join(others)})"
-            raise OutputError(path.parent, fact, "choose another output folder, or --overwrite")
+            raise OutputError(path.parent, fact, "choose another output folder", overwrite="")
         missing = [name for name in OBJECTS if not (path.parent / name).is_file()]
         return None if missing and self._wants_dicom(record) else record
 
@@ -199,4 +199,9 @@ def source_series(image: MetaTensor) -> Series:
     """The DICOM series that an image was read from. Raises DicomError."""
     if uid := image.meta.get("series_uid"):
         return choose_series(source_name(image), str(uid))
-    raise DicomError(source_name(image), "no DICOM series, which DICOM results would refer to", "use --format nifti")
+    raise DicomError(
+        source_name(image),
+        "no DICOM series, which DICOM results would refer to",
+        "give a DICOM folder",
+        output_format="nifti",
+    )

@@ -31,11 +31,8 @@ MIN_FAR = 0.1  # of the air, to be judged by
 # an integer mask with more values than labels have, of which the highest is the commonest, is a probability
 MAX_LABELS = 20
 
-REMEDY = "skull-strip it first (HD-BET, SynthStrip, ...), or use --strip atlas (approximate), or give --brain-mask"
-VOLUME_REMEDY = (
-    "check the voxel sizes and the mask; for children or animals set their range, "
-    "--set preprocessing::brain_volume_ml=[50,2300]"
-)
+VOLUME_ADVICE = "check the voxel sizes and the mask; children and animals need a range of their own"
+VOLUME_ITEM = "preprocessing::brain_volume_ml=[50,2300]"
 
 
 class BrainMaskd(MapTransform):
@@ -184,7 +181,7 @@ def check_stripped(image: MetaTensor, mask: MetaTensor, max_ml: float = BRAIN_VO
     """Raises SkullStripError where the foreground is too large for a brain or the air around it is not empty."""
     volume_ml = float(mask.sum()) * voxel_volume_ml(image)
     if volume_ml > max_ml:
-        raise SkullStripError(source_name(image), f"a foreground of {volume_ml:.0f} ml is no brain alone", REMEDY)
+        raise _not_stripped(image, f"a foreground of {volume_ml:.0f} ml is no brain alone")
     above, level = above_background(image)
     noise, inside = np.abs(above) > level * NOISE_SHARE, mask.as_tensor()[0].cpu().numpy()
     noisy = _share(noise, ~inside)
@@ -192,7 +189,7 @@ def check_stripped(image: MetaTensor, mask: MetaTensor, max_ml: float = BRAIN_VO
         far = ~ndimage.binary_dilation(inside, iterations=RING_VOXELS)
         noisy = _share(noise, far) if far.sum() > MIN_FAR * (~inside).sum() else noisy
     if noisy > MAX_NOISY_AIR:
-        raise SkullStripError(source_name(image), f"{noisy:.0%} of the voxels around the brain are not empty", REMEDY)
+        raise _not_stripped(image, f"{noisy:.0%} of the voxels around the brain are not empty")
 
 
 def _share(noise: np.ndarray, air: np.ndarray) -> float:
@@ -209,7 +206,7 @@ def check_volume(mask: MetaTensor, limits: tuple[float, float], name: str) -> No
     ):
         return
     fact = f"a brain of {volume_ml:.0f} ml, where {limits[0]:.0f} to {limits[1]:.0f} ml are plausible"
-    raise SkullStripError(name, fact, VOLUME_REMEDY)
+    raise SkullStripError(name, fact, VOLUME_ADVICE, items=VOLUME_ITEM)
 
 
 def whole_volumes_ml(inside: np.ndarray, voxel_ml: float, spacing_mm: Sequence[float]) -> list[float]:
@@ -226,3 +223,8 @@ def whole_volumes_ml(inside: np.ndarray, voxel_ml: float, spacing_mm: Sequence[f
         is_cut = max(areas[0], areas[-1]) >= CUT_SHARE * areas.max()
         volumes.append(4 / 3 * largest_mm2**1.5 / np.pi**0.5 / 1000 if is_cut else 0.0)
     return volumes
+
+
+def _not_stripped(image: MetaTensor, fact: str) -> SkullStripError:
+    advice = "skull-strip it first (HD-BET, SynthStrip, ...)"
+    return SkullStripError(source_name(image), fact, advice, strip="atlas", brain_mask="MASK")

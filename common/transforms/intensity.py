@@ -120,6 +120,9 @@ class CorrectBiasFieldd(MapTransform):
         correction.SetMaximumNumberOfIterations(self.ITERATIONS)
         correction.SetNumberOfThreads(1)  # sums in another order would be other sums
         correction.Execute(*(SimpleITK.Shrink(x, [shrink[axis] for axis in thick]) for x in (image, mask)))
-        logarithm = SimpleITK.GetArrayFromImage(correction.GetLogBiasFieldAsImage(image))
-        logarithm = logarithm.T.reshape(channel.shape)
-        return np.exp(logarithm - logarithm[tissue].mean() if tissue.any() else 0 * logarithm).astype(np.float32)
+        logarithm = SimpleITK.GetArrayFromImage(correction.GetLogBiasFieldAsImage(image)).T.reshape(channel.shape)
+        if not tissue.any():
+            return np.ones_like(channel, dtype=np.float32)
+        # in float64, rounded once: in float32 the last bit is another in each version of numpy
+        logarithm = logarithm.astype(np.float64)
+        return np.exp(logarithm - logarithm[tissue].mean()).astype(np.float32)

@@ -46,8 +46,6 @@ TISSUE_SHARE = 0.3  # of the median of the core
 # plausible: a head that matches has 0.3 nats, noise below 0.1
 MIN_INFORMATION = 0.12
 
-NO_ATLAS = "give a mask with --brain-mask, or skull-strip it first (HD-BET, SynthStrip, ...)"
-
 
 class Strip(StrEnum):
     """How to find the brain in a scan of a head."""
@@ -96,7 +94,7 @@ def hd_bet_brain_mask(image: MetaTensor) -> MetaTensor:
     """
     command, name = shutil.which("hd-bet"), source_name(image)
     if command is None:
-        raise SkullStripError(name, "HD-BET is not installed", "pip install hd-bet, or use --strip atlas")
+        raise SkullStripError(name, "HD-BET is not installed", "pip install hd-bet", strip="atlas")
     # test-time augmentation takes 8 times as long, which HD-BET advises against without a GPU
     device = ["cuda"] if torch.cuda.is_available() else ["cpu", "--disable_tta"]
     with TemporaryDirectory() as folder:
@@ -112,7 +110,7 @@ def hd_bet_brain_mask(image: MetaTensor) -> MetaTensor:
         )
         if run.returncode or not bet.is_file():
             said = (run.stderr.strip() or run.stdout.strip() or "it wrote no mask").splitlines()[-1]
-            raise SkullStripError(name, f"HD-BET failed ({said})", "try it by hand, or use --strip atlas")
+            raise SkullStripError(name, f"HD-BET failed ({said})", "try it by hand", strip="atlas")
         mask = np.asarray(nib.Nifti1Image.from_filename(bet).dataobj) > 0
     if mask.shape != tuple(image.shape[1:]) or not mask.any():
         raise SkullStripError(name, "the mask of HD-BET is empty or on another grid", "try it by hand")
@@ -154,4 +152,7 @@ def _tissue(head: np.ndarray, brain: np.ndarray) -> np.ndarray:
 
 
 def _misfit(image: MetaTensor, fact: str) -> SkullStripError:
-    return SkullStripError(source_name(image), f"the template's brain does not fit: {fact}", NO_ATLAS)
+    fact = f"the template's brain does not fit: {fact}"
+    return SkullStripError(
+        source_name(image), fact, "skull-strip it first (HD-BET, SynthStrip, ...)", brain_mask="MASK"
+    )

@@ -379,7 +379,7 @@ def test_real_heads_are_refused(weights, tmp_path):
     heads = sorted(Path(os.environ["UAD_TEST_DATA"]).glob("ixi_heads/*_T1.nii.gz"))
     assert heads
     for path in heads:
-        with pytest.raises(SkullStripError, match="--strip atlas"):
+        with pytest.raises(SkullStripError, match="::strip atlas"):
             run_inference(METHOD, ["inference.json"], image=str(path), weights=str(weights), output_dir=str(tmp_path))
 
 

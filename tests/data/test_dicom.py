@@ -114,7 +114,7 @@ def test_series_is_chosen_by_uid_or_description(write_series, tmp_path):
     assert chosen.number == 7
     assert choose_series(tmp_path, chosen.uid) == chosen
     with pytest.raises(
-        DicomError, match=r"2 series: .*'t1 phantom' MR 36 images.*'T2 tra'.*; choose one with --series"
+        DicomError, match=r"2 series: .*'t1 phantom' MR 36 images.*'T2 tra'.*; give a folder with one series.*::series"
     ):
         choose_series(tmp_path)
     with pytest.raises(DicomError, match=r"no series is called 'FLAIR', there are: .*'T2 tra'"):

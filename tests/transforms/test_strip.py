@@ -95,7 +95,7 @@ def test_source_of_the_brain_is_told(head):
 
 def test_head_is_refused_with_the_ways_out(head):
     volume, _, affine = head
-    with pytest.raises(SkullStripError, match=r"--strip atlas.*--brain-mask"):
+    with pytest.raises(SkullStripError, match=r"::strip atlas.*::brain MASK"):
         BrainMaskd("image")({"image": make_image(volume, affine)})
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ from monai.deploy.conditions import CountCondition
 from monai.deploy.core import Application
 from monai.deploy.operators import DICOMDataLoaderOperator, DICOMSeriesSelectorOperator
 from operators import AnomalyBundleOperator, ResultWriterOperator, SeriesToVolumeOperator
+from settings import CONFIG, Settings, check_command_line
 
 from common.data.dicom import find_series
-from common.errors import BundleError
-
-CONFIG = Path(os.environ.get("HOLOSCAN_CONFIG_PATH", Path(__file__).with_name("app.yaml")))
+from common.errors import BundleError, SettingError
 
 
 class AnomalyApp(Application):
@@ -27,7 +26,8 @@ class AnomalyApp(Application):
 
     def __init__(self) -> None:
         super().__init__()
-        self.app_context = Application.init_app_context(self.argv)
+        arguments, deidentify = check_command_line(self.argv)
+        self.app_context = Application.init_app_context(arguments)
         # else the operator takes the SDK's stand-in for the model of a folder for a network
         self.app_context.models = None
         self.input_folder, self.output_folder = (
@@ -36,21 +36,32 @@ class AnomalyApp(Application):
         self.bundle = find_bundle(Path(self.app_context.model_path).resolve())
         self.metadata = json.loads((self.bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
         find_series(self.input_folder)  # refuses damaged files, on which the SDK's loader ends without saying so
-        self.config(str(CONFIG))
+        try:
+            self.config(str(CONFIG))
+            self.settings = Settings.of(self.kwargs("detection"))
+        except RuntimeError as error:  # of the YAML reader
+            fact = f"cannot be read ({' '.join(str(error).split())})"
+            raise SettingError(CONFIG, fact, "write it like app.yaml of the application") from error
+        if deidentify:
+            self.settings = dataclasses.replace(self.settings, deidentify=True)
 
     def compose(self) -> None:
         """Connect the operators."""
-        settings = self.kwargs("detection")
-        rules = rules_of(CONFIG.parent / settings["rules"], self.metadata)
+        rules = rules_of(self.settings.rules_file(), self.metadata)
         once = CountCondition(self, 1)
         load = DICOMDataLoaderOperator(self, once, input_folder=self.input_folder, name="load")
         select = DICOMSeriesSelectorOperator(self, rules=rules, all_matched=True, name="select")
         read = SeriesToVolumeOperator(self, folder=self.input_folder, name="read")
         detect = AnomalyBundleOperator(
-            self, app_context=self.app_context, bundle_path=self.bundle, strip=settings["strip"], name="detect"
+            self, app_context=self.app_context, bundle_path=self.bundle, strip=self.settings.strip, name="detect"
         )
         write = ResultWriterOperator(
-            self, folder=self.output_folder, bundle=self.bundle, metadata=self.metadata, name="write"
+            self,
+            folder=self.output_folder,
+            bundle=self.bundle,
+            metadata=self.metadata,
+            deidentify=self.settings.deidentify,
+            name="write",
         )
         self.add_flow(load, select, {("dicom_study_list", "dicom_study_list")})
         self.add_flow(select, read, {("study_selected_series_list", "study_selected_series_list")})
@@ -73,11 +84,19 @@ def find_bundle(folder: Path) -> Path:
 def rules_of(path: Path, metadata: dict[str, Any]) -> str:
     """The selection of a bundle's modality, of the rules in a file, as the SDK's selector takes it.
 
-    Raises BundleError where there is none, and for bundles of several modalities.
+    Raises BundleError where there is none, and for bundles of several modalities; SettingError for a damaged file.
     """
-    modalities, selections = metadata["modalities"], json.loads(path.read_text(encoding="utf-8"))["selections"]
-    chosen = [selection for selection in selections if [selection["name"]] == modalities]
+    name, modalities = metadata["name"], metadata["modalities"]
+    if len(modalities) > 1:
+        fact = f"works on {', '.join(modalities)} together, this application on one series"
+        raise BundleError(name, fact, "choose a bundle of one modality")
+    try:
+        selections = json.loads(path.read_text(encoding="utf-8"))["selections"]
+        chosen = [selection for selection in selections if [selection["name"]] == modalities]
+    except (ValueError, KeyError, TypeError) as error:
+        fact = f"no rules of series ({type(error).__name__}: {error})"
+        raise SettingError(path, fact, "write it like series_rules.json of the application") from error
     if len(chosen) != 1:
-        fact = f"needs {', '.join(modalities)}, for which there is no one selection in {path.name}"
-        raise BundleError(metadata["name"], fact, "choose a bundle of one modality, or add the selection")
+        fact = f"{len(chosen)} selections in {path.name} are named {modalities[0]}"
+        raise BundleError(name, fact, f"write one of that name into {path}")
     return json.dumps({"selections": chosen})

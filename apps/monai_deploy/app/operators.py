@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deidentify import deidentified
 from monai.deploy.core import AppContext, Image, IOType, Operator, OperatorSpec
 from monai.deploy.operators import MonaiBundleInferenceOperator
 from monai.deploy.operators.monai_bundle_inference_operator import IOMapping
@@ -128,11 +130,15 @@ class ResultWriterOperator(Operator):
         folder: made if it is not there.
         bundle: its folder.
         metadata: its metadata.
+        deidentify: leave out what the series says of the patient.
     Raises DicomError where the series does not allow DICOM results, OutputError where the folder cannot be written.
     """
 
-    def __init__(self, *args: Any, folder: Path, bundle: Path, metadata: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, folder: Path, bundle: Path, metadata: dict[str, Any], deidentify: bool, **kwargs: Any
+    ) -> None:
         self.folder = folder
+        self.deidentify = deidentify
         self.weights = bundle / "models" / "model.pt"
         self.about = metadata
         super().__init__(*args, **kwargs)
@@ -153,7 +159,8 @@ class ResultWriterOperator(Operator):
             "brain mask": found.brain_source,
         }
         try:
-            save_dicom(found.case, series, self.folder, name, version, digest)
+            with deidentified(series) if self.deidentify else nullcontext(series) as sources:
+                save_dicom(found.case, sources, self.folder, name, version, digest)
             with replacing(self.folder / "summary.txt") as path:
                 path.write_text(summarise(about, found.case, found.result), encoding="utf-8")
         except OSError as error:
