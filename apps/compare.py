@@ -31,7 +31,7 @@ import numpy as np
 import typer
 
 from common.bundle import BUNDLES_DIR, metadata
-from common.data.cohort import sample_dir
+from common.cohorts.table import sample_dir
 from common.errors import UADError
 
 HERE = Path(__file__).parent

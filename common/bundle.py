@@ -11,10 +11,10 @@ from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from .data.cohort import cohort_files
+from .cohorts.table import cohort_files
 from .errors import BundleError, SettingError
+from .images.check import typed_errors
 from .outputs import Inputs, check_file
-from .transforms.check import typed_errors
 
 BUNDLES_DIR = Path(__file__).resolve().parent.parent / "bundles"
 

@@ -17,9 +17,6 @@ from typing import Annotated, Any
 
 import typer
 
-from .archive import import_bundle
-from .batch import check_detection, detect_cases
-from .benchmark import run_benchmark
 from .bundle import (
     BUNDLES_DIR,
     available_bundles,
@@ -30,17 +27,20 @@ from .bundle import (
     run_inference,
     run_training,
 )
-from .cohorts import KINDS
-from .data.cases import find_cases
-from .data.cohort import cohort_files
+from .cohorts.cases import find_cases
+from .cohorts.kinds import KINDS
+from .cohorts.table import cohort_files
 from .errors import UADError, settings_said_as
-from .export import export_bundle, export_onnx, export_torchscript
+from .images.check import typed_errors
 from .outputs import check_result
-from .prepare import prepare_cohort
 from .report.html import write_report
-from .transforms.check import typed_errors
+from .sharing.archive import import_bundle
+from .sharing.export import export_bundle, export_onnx, export_torchscript
 from .transforms.strip import Strip
 from .weights import sha256
+from .workflows.batch import check_detection, detect_cases
+from .workflows.benchmark import run_benchmark
+from .workflows.prepare import prepare_cohort
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -13,9 +13,9 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import Tensor, nn
 
-from .data.itk_image import voxel_files
 from .errors import BundleError
 from .files import replacing
+from .images.itk_image import voxel_files
 
 
 def load_weights(path: str | Path | None) -> dict[str, Any]:

@@ -31,18 +31,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.bundle import BUNDLES_DIR, metadata
-from common.data.cohort import read_cohort
+from common.cohorts.table import read_cohort
+from common.detection.method import Detection, foreground_of
 from common.errors import CohortError, UADError
 from common.files import replacing
-from common.handlers.run_time import peak_memory_mb
-from common.methods.base import Detection, foreground_of
+from common.images.check import typed_errors
 from common.methods.berdiff import BerDiff
 from common.metrics import DetectionMetrics, intensity_threshold
 from common.metrics.masked_bernoulli import map_metrics, masked_bernoulli_metrics
-from common.report.case import versions
-from common.transforms.check import typed_errors
+from common.results.case import versions
 from common.transforms.load import load_lesion
 from common.weights import load_into, sha256
+from common.workflows.run_time import peak_memory_mb
 
 BATCH = 32  # slices at once
 Setting = tuple[int, float, int, int]  # L, P, network calls, walks

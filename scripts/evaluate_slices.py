@@ -24,7 +24,7 @@ from evaluate_berdiff import Slices, drawn, load_slices, pooled, run
 from evaluate_sprites import parsed_rows
 
 from common.files import replacing
-from common.report.case import versions
+from common.results.case import versions
 from common.weights import load_into, sha256
 
 METRICS = {"auprc": "AUPRC", "auroc": "AUROC", "max_dice_pooled": "best Dice (oracle)", "ssim": "SSIM", "psnr": "PSNR"}

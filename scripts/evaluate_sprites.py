@@ -28,12 +28,12 @@ from monai.transforms import Orientation
 from torch import Tensor
 
 from common.bundle import BUNDLES_DIR, check_items, parse_items, split_settings
-from common.data.cohort import cohort_modalities, read_cohort
+from common.cohorts.table import cohort_modalities, read_cohort
+from common.detection.method import foreground_of, top_mean
 from common.errors import SettingError
 from common.files import replacing
-from common.methods.base import foreground_of, top_mean
 from common.metrics import intensity_threshold, latent_ddpm_sprites
-from common.report.case import versions
+from common.results.case import versions
 from common.transforms.head import HeadCTPreprocessing
 from common.transforms.load import load_lesion
 from common.weights import load_into, sha256

@@ -16,7 +16,7 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
-from common.networks.import_weights import WeightsImportError, load_generative_weights, read_checkpoint
+from common.sharing.import_weights import WeightsImportError, load_generative_weights, read_checkpoint
 
 
 def main() -> None:

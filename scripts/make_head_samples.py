@@ -2,7 +2,7 @@
 
     python scripts/make_head_samples.py
 
-Writes to `common/data/sample`: a windowed CT, `head_lesions_CT.nii.gz` (64 x 64 slices, air at 25), with
+Writes to `common/cohorts/sample`: a windowed CT, `head_lesions_CT.nii.gz` (64 x 64 slices, air at 25), with
 `head_lesions_CT_mask.nii.gz`; and an MR of a tumour, `head_lesions_{T1,FLAIR,T1CE}.nii.gz` (128 x 128 slices), with
 `head_lesions_mask.nii.gz`. The template is the one inside nilearn: nothing is downloaded. Around its brain layers are
 drawn (CSF, bone, scalp), its intensities give the tissues. The same versions of numpy, scipy and zlib write the same
@@ -21,7 +21,7 @@ from make_sample import ROOT, nifti, template_2mm, write
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from common.transforms.synthetic_lesions import InsertLesions
+from common.cohorts.synthetic_lesions import InsertLesions
 
 Array = NDArray[Any]
 
@@ -53,7 +53,7 @@ RADIUS_CT_MM, RADIUS_MR_MM, RIM_MM, CYST_MM = (11.0, 16.0), (21.0, 21.0), 3.5, 5
 def main() -> None:
     """Write the six files, or the same ones elsewhere."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "common" / "data" / "sample", help="folder")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "common" / "cohorts" / "sample", help="folder")
     make_head_samples(parser.parse_args().output)
 
 

@@ -2,8 +2,8 @@
 
     python scripts/make_sample.py
 
-Writes `mni152_lesions_T1.nii.gz`, `mni152_lesions_mask.nii.gz` and `LICENSE` to `common/data/sample`. The template is
-the one inside nilearn: nothing is downloaded. The same versions of numpy, scipy and zlib write the same bytes.
+Writes `mni152_lesions_T1.nii.gz`, `mni152_lesions_mask.nii.gz` and `LICENSE` to `common/cohorts/sample`. The template
+is the one inside nilearn: nothing is downloaded. The same versions of numpy, scipy and zlib write the same bytes.
 Whole heads are made by `make_head_samples.py`.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from nilearn.datasets import load_mni152_template
 from scipy import ndimage
 
-from common.transforms.synthetic_lesions import InsertLesions
+from common.cohorts.synthetic_lesions import InsertLesions
 
 ROOT = Path(__file__).resolve().parents[1]
 MARGIN = 2  # voxels around the brain
@@ -52,7 +52,7 @@ birth to adulthood, NeuroImage 47 (2009) S102, doi:10.1016/S1053-8119(09)70884-5
 def main() -> None:
     """Write the three files, or the same ones elsewhere."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "common" / "data" / "sample", help="folder")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "common" / "cohorts" / "sample", help="folder")
     make_sample(parser.parse_args().output)
 
 

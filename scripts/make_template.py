@@ -2,7 +2,7 @@
 
     python scripts/make_template.py
 
-Writes `mni152_T1_2mm.nii.gz` and `LICENSE` to `common/data/template`, from the template inside nilearn as
+Writes `mni152_T1_2mm.nii.gz` and `LICENSE` to `common/transforms/template`, from the template inside nilearn as
 `make_sample.py` averages it: nothing is downloaded. The same versions of numpy and zlib write the same bytes.
 """
 
@@ -26,7 +26,7 @@ integers; the brain is > 0. The changes are under the same terms.
 def main() -> None:
     """Write the two files, or the same ones elsewhere."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "common" / "data" / "template", help="folder")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "common" / "transforms" / "template", help="folder")
     make_template(parser.parse_args().output)
 
 

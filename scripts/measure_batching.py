@@ -24,9 +24,9 @@ from evaluate_sprites import Row, parsed_rows
 from numpy.typing import NDArray
 
 from common.files import replacing
-from common.handlers.run_time import peak_memory_mb
-from common.report.case import versions
+from common.results.case import versions
 from common.weights import load_into, sha256
+from common.workflows.run_time import peak_memory_mb
 
 COUNT = 32
 SIZES = (1, COUNT)

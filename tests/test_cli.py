@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from common import bundle
 from common.bundle import BUNDLES_DIR, available_bundles
 from common.cli import app
-from common.data.cohort import SAMPLE_DIR
+from common.cohorts.table import SAMPLE_DIR
 from common.weights import load_weights, sha256
 
 SAMPLE = SAMPLE_DIR / "mni152_lesions_T1.nii.gz"

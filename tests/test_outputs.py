@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from common import archive, bundle
-from common.archive import write_bundle
+from common import bundle
 from common.bundle import BUNDLES_DIR, run_inference
 from common.cli import app
-from common.cohorts import KINDS
+from common.cohorts.kinds import KINDS
 from common.errors import OutputError, UADError
-from common.handlers.training import SaveWeights
 from common.outputs import Inputs, case_place, check_case_folder, is_safe_name, put_in_place
+from common.sharing import archive
+from common.sharing.archive import write_bundle
+from common.workflows.training_handlers import SaveWeights
 
 LAYOUTS = {"glioma": ["--layout", "tcga_lgg"], "patients": ["--layout", "brats"]}
 

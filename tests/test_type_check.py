@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from common.bundle import BUNDLES_DIR
 from common.cli import app
 from common.errors import SettingError
+from common.images.check import root_cause
 from common.recorded import Recorded
-from common.transforms.check import root_cause
 from common.type_check import fits, setting_error
 
 
@@ -107,7 +107,7 @@ def test_item_of_a_config_of_the_wrong_type(item, value, message):
 
 def test_other_failures_are_none_of_a_setting():
     assert setting_error(RuntimeError("Failed to instantiate component 'a' with keywords: b")) is None
-    run = ConfigParser({"run": {"_target_": "common.engines.run_or_exit", "evaluator": None}})
+    run = ConfigParser({"run": {"_target_": "common.workflows.engines.run_or_exit", "evaluator": None}})
     with pytest.raises(RuntimeError) as caught:
         run.get_parsed_content("run")
     assert setting_error(caught.value) is None

@@ -16,7 +16,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
-from common.data.cohort import sample_dir
+from common.cohorts.table import sample_dir
 
 SAMPLE = Path(sample_dir()) / "mni152_lesions_T1.nii.gz"
 

@@ -37,7 +37,7 @@ rm -rf "$work"/{app,studies,expected}
 eval "$(block 2)"
 # modules of the same names that say something else: they must not be mixed with those of the other bundles
 cp -r "$work/app/model/dae" "$work/app/model/negated"
-sed -i 's/return float(top_mean/return -float(top_mean/' "$work/app/model/negated/scripts/_common/calibration.py"
+sed -i 's/return float(top_mean/return -float(top_mean/' "$work/app/model/negated/scripts/_common/detection/calibration.py"
 for key in dae mad_ad; do
     python -m monai.bundle run --config_file "bundles/$key/configs/inference.json" --output_dir "$work/expected/$key"
 done
@@ -50,5 +50,5 @@ for _ in {1..300}; do
     kill -0 "$server" || { cat server.log; exit 1; }
     sleep 1
 done
-LABEL_SERVER="http://127.0.0.1:$port" LABEL_WORK="$work" LABEL_SAMPLE="$root/common/data/sample" \
+LABEL_SERVER="http://127.0.0.1:$port" LABEL_WORK="$work" LABEL_SAMPLE="$root/common/cohorts/sample" \
     python -m pytest -vv --durations=5 -p no:cacheprovider "$here/test_server.py"

@@ -13,11 +13,11 @@ import numpy as np
 import typer
 from scipy import ndimage
 
-from ..data.cohort import write_cohort
 from ..errors import CohortError
 from ..files import replacing
 from .options import DataDir, Output
 from .patients import find
+from .table import write_cohort
 
 SPLIT = Path(__file__).with_name("glioma_split.csv")
 SEED = 0

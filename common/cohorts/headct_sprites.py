@@ -12,13 +12,13 @@ import numpy as np
 import typer
 from PIL import Image
 
-from ..data.cohort import write_cohort
 from ..errors import CohortError
 from ..files import replacing
 from ..transforms.head import head_mask
-from ..transforms.sprites import DrawSprite
 from .options import DataDir, Output, Seed
+from .sprites import DrawSprite
 from .stacks import STACK, write_places
+from .table import write_cohort
 
 SPLIT = Path(__file__).with_name("headct_split.csv")
 NUM_SPRITES = 100

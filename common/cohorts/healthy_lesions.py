@@ -19,19 +19,19 @@ import numpy as np
 import typer
 from tqdm import tqdm
 
-from ..data.cohort import write_cohort
 from ..errors import CohortError
 from ..files import replacing
 from ..outputs import Inputs
 from ..transforms.brain import BrainMaskd
 from ..transforms.intensity import CorrectBiasFieldd
 from ..transforms.load import LoadImageCheckedd, read_affine
-from ..transforms.mni_lesions import KINDS as MNI_KINDS
-from ..transforms.mni_lesions import atlas_ml
 from ..transforms.registration import mni_transform
 from ..transforms.strip import Strip
-from ..transforms.synthetic_lesions import InsertLesionsd
+from .mni_lesions import KINDS as MNI_KINDS
+from .mni_lesions import atlas_ml
 from .options import DataDir, Output, Seed
+from .synthetic_lesions import InsertLesionsd
+from .table import write_cohort
 
 STRIPPED = "stripped"  # what `BrainMaskd` says of an image whose foreground is the brain
 
@@ -66,7 +66,7 @@ NOVOSIBIRSK = Site(
 
 
 class Lesions(StrEnum):
-    """Kinds of simulated lesions, see `common.transforms.synthetic_lesions`."""
+    """Kinds of simulated lesions, see `common.cohorts.synthetic_lesions`."""
 
     CHRONIC_STROKE = "chronic_stroke"
     ACUTE_STROKE = "acute_stroke"

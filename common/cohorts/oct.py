@@ -8,11 +8,11 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from ..data.cohort import write_cohort
 from ..errors import CohortError
 from ..files import replacing
 from .options import DataDir, Output
 from .stacks import STACK, write_places
+from .table import write_cohort
 
 SEED, SIZE = 0, 256
 VAL_SHARE = 0.05  # of the patients that do not test

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from ..data.cohort import write_cohort
 from ..errors import CohortError
 from .options import DataDir, Output
+from .table import write_cohort
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from monai.networks.layers import MedianFilter
 from monai.networks.nets import AutoEncoder
 from torch import Tensor
 
-from .base import AnomalyDetector, TrainingObjective
+from ..detection.method import AnomalyDetector, TrainingObjective
 
 
 class AE(AnomalyDetector):

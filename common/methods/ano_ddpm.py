@@ -11,7 +11,7 @@ from typing import Any, Literal
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 
-from ..schedulers.simplex import SimplexNoise
+from ..diffusion.simplex import SimplexNoise
 from .ddpm import DDPM, DDPMObjective, Noise
 
 

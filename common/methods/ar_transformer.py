@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from monai.utils.ordering import Ordering
 from torch import Tensor, nn
 
+from ..detection.method import AnomalyDetector, Detection, TrainingObjective
 from ..errors import ImageShapeError
 from ..networks.cached_transformer import TokenReader, lean_transformer
 from ..networks.latent_space import LatentSpace, latents
-from .base import AnomalyDetector, Detection, TrainingObjective
 from .latent_ddpm import masked_residual
 
 # raster scans: identity or transposed, then rows and columns flipped or not

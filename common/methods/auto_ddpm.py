@@ -21,10 +21,10 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 from torch import Generator, Tensor, nn
 
+from ..detection.method import median, with_generators
 from ..errors import BundleError, SettingError
 from ..recorded import Recorded
 from ..weights import load_weights
-from .base import median, with_generators
 from .ddpm import DDPM, DDPMObjective, walk
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..detection.method import TrainingObjective
 from ..networks.latent_space import LatentSpace
-from .base import TrainingObjective
 
 
 class AutoencoderObjective(TrainingObjective):

@@ -19,11 +19,11 @@ from monai.networks.nets.diffusion_model_unet import zero_module
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
+from ..detection.method import AnomalyDetector, TrainingObjective, median
+from ..diffusion.bernoulli import BernoulliScheduler
 from ..errors import SettingError
 from ..networks.latent_space import LatentSpace, latents
 from ..networks.pixel_unshuffle_unet import size_divisor
-from ..schedulers.bernoulli import BernoulliScheduler
-from .base import AnomalyDetector, TrainingObjective, median
 
 
 def flip_unet(

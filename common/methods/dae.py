@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from monai.networks.layers import MedianFilter
 from torch import Tensor
 
+from ..detection.method import AnomalyDetector, TrainingObjective, foreground_of
 from ..networks.weight_standardised_unet import WeightStandardisedUNet
-from .base import AnomalyDetector, TrainingObjective, foreground_of
 
 
 class DAE(AnomalyDetector):

@@ -15,9 +15,9 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 from torch import Generator, Tensor
 
+from ..detection.method import AnomalyDetector, TrainingObjective, median, noise_like
 from ..errors import SettingError
 from ..networks.pixel_unshuffle_unet import size_divisor
-from .base import AnomalyDetector, TrainingObjective, median, noise_like
 
 
 class Noise(Protocol):

@@ -19,12 +19,7 @@ import torch.nn.functional as F
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor
 
-from ..errors import BundleError, SettingError
-from ..networks.latent_space import LatentSpace, latents
-from ..networks.pixel_unshuffle_unet import size_divisor
-from ..networks.vq_autoencoder import codebook_use
-from ..schedulers.gaussian import GaussianScheduler, evenly_spaced
-from .base import (
+from ..detection.method import (
     AnomalyDetector,
     Detection,
     TrainingObjective,
@@ -35,6 +30,11 @@ from .base import (
     smoothed,
     with_generators,
 )
+from ..diffusion.gaussian import GaussianScheduler, evenly_spaced
+from ..errors import BundleError, SettingError
+from ..networks.latent_space import LatentSpace, latents
+from ..networks.pixel_unshuffle_unet import size_divisor
+from ..networks.vq_autoencoder import codebook_use
 
 Variant = Literal["a", "b", "c", "d"]
 

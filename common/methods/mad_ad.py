@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..detection.method import AnomalyDetector, TrainingObjective, foreground_of, image_difference, noise_like, smoothed
+from ..diffusion.masked_ddim import MaskedDDIMScheduler
 from ..networks.latent_space import LatentSpace
 from ..networks.masked_unet import MaskedDiffusionUNet
-from ..schedulers.masked_ddim import MaskedDDIMScheduler
-from .base import AnomalyDetector, TrainingObjective, foreground_of, image_difference, noise_like, smoothed
 
 MapKind = Literal["image", "input", "latent", "mask"]
 

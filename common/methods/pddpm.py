@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from monai.networks.nets import DiffusionModelUNet
 from torch import Generator, Tensor
 
+from ..detection.method import AnomalyDetector, TrainingObjective, median
+from ..diffusion.masked_ddim import cosine_alpha_bar
+from ..diffusion.simplex import SimplexNoise
 from ..errors import SettingError
 from ..networks.pixel_unshuffle_unet import size_divisor
-from ..schedulers.masked_ddim import cosine_alpha_bar
-from ..schedulers.simplex import SimplexNoise
-from .base import AnomalyDetector, TrainingObjective, median
 from .ddpm import Noise
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1; x are columns, upper bounds are exclusive

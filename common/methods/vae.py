@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from monai.networks.nets import VarAutoEncoder
 from torch import Tensor
 
+from ..detection.method import TrainingObjective
 from .ae import AE
-from .base import TrainingObjective
 
 
 class VAE(AE):

@@ -19,7 +19,7 @@ from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..networks.volume import smoothed_within
+from ..detection.volume import smoothed_within
 
 Direction = Literal["bright", "dark"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)

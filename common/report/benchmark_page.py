@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ..errors import ResultError
+from ..results.read import read_json
 from .benchmark_table import EXPLAINED, LESIONS, SITES, SUBJECTS, TIMES, VOXELS, cell
-from .results import read_json
 
 AGAIN = "run uad benchmark again"
 TABLES = {  # title -> metrics of result.json with their headings, of methods alone (or of baselines too)

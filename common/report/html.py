@@ -16,8 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import OutputError, ResultError
 from ..files import replacing
 from ..outputs import GENERATOR, REPORT, check_file
+from ..results.read import CaseFiles, Outcome, mni_point, read_lesions, read_outcomes, read_run, read_to_mni, records_in
 from .benchmark_page import benchmark_content
-from .results import CaseFiles, Outcome, mni_point, read_lesions, read_outcomes, read_run, read_to_mni, records_in
 from .viewer import NIIVUE_VERSION, STATIC, niivue, viewer_data
 
 OK = "ok"

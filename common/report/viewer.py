@@ -18,9 +18,9 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from ..errors import ResultError, UADError
+from ..results.read import AGAIN, CaseFiles
 from ..transforms.load import load_image
 from ..weights import digest
-from .results import AGAIN, CaseFiles
 
 STATIC = Path(__file__).parent / "static"
 # dist/niivue.umd.js of the npm package @niivue/niivue, as published (BSD-2-Clause, static/NIIVUE_LICENSE)

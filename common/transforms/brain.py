@@ -13,8 +13,8 @@ from monai.transforms import MapTransform
 from scipy import ndimage
 
 from ..errors import SettingError, SkullStripError
-from .background import background, field_of_view, filled_in, is_negative, zero_of_tissue
-from .check import same_grid, source_name, voxel_volume_ml
+from ..images.background import background, field_of_view, filled_in, is_negative, zero_of_tissue
+from ..images.check import same_grid, source_name, voxel_volume_ml
 from .strip import atlas_brain_mask, hd_bet_brain_mask, largest_component
 
 # below this share of the 98th percentile a voxel is background: resampling leaves ringing around a stripped brain

@@ -14,9 +14,9 @@ from monai.transforms import Compose, CopyItemsd, DeleteItemsd, EnsureTyped, Map
 from scipy import ndimage
 
 from ..errors import ImageIntensityError
+from ..images.check import CheckVolumed, source_name
 from ..recorded import Recorded
 from .brain import given_mask
-from .check import CheckVolumed, source_name
 from .intensity import FOREGROUND_FLOOR, ScaleIntensityByForegroundd
 from .load import LoadImageCheckedd
 

@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from ..errors import ImageIntensityError
-from .check import source_name
+from ..images.check import source_name
 
 FOREGROUND_FLOOR = 1 / 255  # foreground is never exactly 0, so that `image > 0` tells it from the background
 

@@ -20,12 +20,12 @@ from nibabel.freesurfer.mghformat import MGHError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 from nibabel.wrapstruct import WrapStructError
 
-from ..data.dicom import choose_series, read_series
-from ..data.itk_image import ITK_SUFFIXES, MAX_VOXELS, read_itk
-from ..data.pointer import check_fetched
 from ..errors import CohortError, ImageFileError, ImageGeometryError, ImageIntensityError, ImageShapeError
+from ..images.check import check_geometry, check_intensity, check_shape, same_grid
+from ..images.dicom import choose_series, read_series
+from ..images.itk_image import ITK_SUFFIXES, MAX_VOXELS, read_itk
+from ..images.pointer import check_fetched
 from ..weights import digest
-from .check import check_geometry, check_intensity, check_shape, same_grid
 from .registration import align_to
 
 SIZE_ERROR = 0.05  # of a voxel's size in the sform to that in `pixdim`: rounding, resampling by a fraction of a voxel

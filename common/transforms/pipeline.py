@@ -14,9 +14,9 @@ from monai.transforms import (
     SpatialPadd,
 )
 
+from ..images.check import CheckVolumed
 from ..recorded import Recorded
 from .brain import BRAIN_VOLUME_ML, BrainMaskd
-from .check import CheckVolumed
 from .intensity import CorrectBiasFieldd, ScaleIntensityByForegroundd, SubtractZerod
 from .load import LoadImageCheckedd
 from .registration import RegisterToMNId

@@ -15,14 +15,14 @@ from monai.utils import convert_to_tensor
 from scipy import ndimage
 from torch import Tensor, nn
 
-from ..calibration import Calibration
+from ..detection.calibration import Calibration
+from ..detection.method import foreground_of
 from ..detection.normalisation import WithinSubjectNormalisation
 from ..detection.reliability import doubts, verdict
 from ..errors import BundleError
-from ..methods.base import foreground_of
+from ..images.check import voxel_volume_ml
 from ..recorded import Recorded
 from ..weights import load_weights
-from .check import voxel_volume_ml
 from .tissue import destandardised
 
 

@@ -21,12 +21,12 @@ from monai.utils import ensure_tuple_rep, optional_import
 from scipy import ndimage
 
 from ..errors import RegistrationError
-from .check import same_grid, source_name, voxel_volume_ml
+from ..images.check import same_grid, source_name, voxel_volume_ml
 from .resample import resample_foreground, smooth
 
 sitk, _ = optional_import("SimpleITK")
 
-TEMPLATE = Path(__file__).parents[1] / "data" / "template" / "mni152_T1_2mm.nii.gz"
+TEMPLATE = Path(__file__).parent / "template" / "mni152_T1_2mm.nii.gz"
 MNI_BOX_MM = np.array([182, 218, 182])  # with its corner, the grid of FSL's MNI152
 MNI_CORNER_MM = np.array([-90, -126, -72])
 # the middle of the grids of FSL at 1 and 2 mm and of the template's versions 2009a and c: who writes there means MNI152

@@ -17,7 +17,7 @@ from monai.utils import optional_import
 from scipy import ndimage
 
 from ..errors import SkullStripError
-from .check import source_name
+from ..images.check import source_name
 from .registration import (
     INFORMATION_STEP_MM,
     MASK_STEP_MM,

@@ -13,9 +13,9 @@ import torch
 from monai.data import MetaTensor
 from pydicom.uid import generate_uid
 
-from common.data.dicom import choose_series, read_series
-from common.report.case import Case
-from common.report.dicom import save_dicom
+from common.images.dicom import choose_series, read_series
+from common.results.case import Case
+from common.results.dicom import save_dicom
 
 APP = Path(__file__).parents[2] / "apps" / "monai_deploy" / "app"
 OF_THE_PATIENT = {

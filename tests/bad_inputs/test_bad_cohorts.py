@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from common import benchmark
 from common.cli import app
-from common.data.labelled import check_labelled_cohort
+from common.cohorts.labelled import check_labelled_cohort
 from common.errors import CohortError
+from common.workflows import benchmark
 
 
 @pytest.fixture

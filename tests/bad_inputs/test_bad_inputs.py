@@ -17,7 +17,6 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from common.batch import detect_cases
 from common.bundle import BUNDLES_DIR, load_workflow, run_inference
 from common.errors import (
     BundleError,
@@ -31,6 +30,7 @@ from common.errors import (
 )
 from common.transforms.load import load_image
 from common.weights import save_weights
+from common.workflows.batch import detect_cases
 
 METHOD = "dae"  # what is checked here comes before the method
 INFERENCE = BUNDLES_DIR / METHOD / "configs" / "inference.json"

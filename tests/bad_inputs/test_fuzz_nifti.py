@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UADError
+from common.images.check import CheckVolumed
 from common.transforms.brain import BrainMaskd
-from common.transforms.check import CheckVolumed
 from common.transforms.load import LoadImageCheckedd
 
 EXAMPLES = 1200

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from common.cli import app
 from common.cohorts.glioma import SPLIT
-from common.data.cohort import read_cohort
+from common.cohorts.table import read_cohort
 
 
 def rows_of(folder):

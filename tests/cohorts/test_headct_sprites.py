@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from common.cli import app
 from common.cohorts.headct_sprites import SPLIT
-from common.data.cohort import read_cohort
+from common.cohorts.table import read_cohort
 from common.transforms.head import head_mask
 
 KEPT = [row["name"] for row in csv.DictReader(SPLIT.read_text(encoding="utf-8").splitlines())]

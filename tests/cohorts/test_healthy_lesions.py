@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from common.cli import app
 from common.cohorts.healthy_lesions import IXI, NOVOSIBIRSK
-from common.data.cohort import read_cohort
-from common.data.labelled import check_labelled_cohort
+from common.cohorts.labelled import check_labelled_cohort
+from common.cohorts.table import read_cohort
 from common.transforms.intensity import CorrectBiasFieldd
 from common.transforms.load import LoadImageCheckedd
 from common.transforms.registration import TEMPLATE

@@ -6,7 +6,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from common.cli import app
-from common.data.cohort import read_cohort
+from common.cohorts.table import read_cohort
 
 
 def rows_of(path):

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from common.cli import app
 from common.cohorts.patients import LAYOUTS, LayoutName
-from common.data.cohort import cohort_modalities, read_cohort
+from common.cohorts.table import cohort_modalities, read_cohort
 
 SPACE = "ses-1_space-MNI152NLin2009aSym"
 FILES = {  # as published: two patients each

@@ -15,8 +15,8 @@ PURE = {"bool", "dict", "float", "int", "len", "list", "max", "min", "range", "r
 ACTIONS = re.compile(r"^_|^(load|save|hub|open|mkdir|makedirs|write.*|read.*|unlink|remove.*|rename|system|compile)$")
 REFERENCE = re.compile(r"[@%][\w:#]+")
 POSITION = re.compile(r"(::|#)\d")
-TRAINER = "common.training.ObjectiveTrainer"
-EVALUATOR = "common.training.ObjectiveEvaluator"
+TRAINER = "common.workflows.training.ObjectiveTrainer"
+EVALUATOR = "common.workflows.training.ObjectiveEvaluator"
 
 
 @pytest.fixture(scope="session")

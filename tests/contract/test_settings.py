@@ -9,9 +9,9 @@ import pytest
 from monai.bundle import ConfigParser
 from torch import nn
 
-from common.fingerprint import differences, of_map
+from common.detection.fingerprint import differences, of_map
+from common.images.check import root_cause
 from common.recorded import describe
-from common.transforms.check import root_cause
 
 REFUSED_ALONE = {"jump"}  # its other value needs other values of other settings too
 

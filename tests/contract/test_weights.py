@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from common.calibration import N_QUANTILES, Calibration
+from common.detection.calibration import N_QUANTILES, Calibration
 
 FEWEST_SUBJECTS = 10
 

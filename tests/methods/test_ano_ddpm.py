@@ -6,9 +6,9 @@ from arrays import golden, slices
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
+from common.diffusion.simplex import SimplexNoise
 from common.methods.ano_ddpm import AnoDDPM, AnoDDPMObjective
 from common.methods.ddpm import gaussian_noise
-from common.schedulers.simplex import SimplexNoise
 
 PAPER_UNET = {
     "spatial_dims": 2,

@@ -10,6 +10,8 @@ from monai.networks.nets import PatchDiscriminator
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import nn
 
+from common.detection.volume import VolumeDetector
+from common.diffusion.bernoulli import BernoulliScheduler
 from common.errors import ImageShapeError, SettingError
 from common.methods.berdiff import (
     BerDiff,
@@ -20,8 +22,6 @@ from common.methods.berdiff import (
     uniform_like,
 )
 from common.networks.binary_autoencoder import BinaryLatentSpace, StridedBinaryAutoencoder
-from common.networks.volume import VolumeDetector
-from common.schedulers.bernoulli import BernoulliScheduler
 
 FINALS = ["sample", "threshold", "soft", "soft_unstitched"]
 

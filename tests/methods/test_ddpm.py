@@ -10,8 +10,8 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 
+from common.detection.method import median, noise_like
 from common.errors import ImageShapeError, SettingError
-from common.methods.base import median, noise_like
 from common.methods.ddpm import DDPM, DDPMObjective, gaussian_noise, walk
 
 

@@ -7,8 +7,9 @@ from arrays import generators, golden, slices
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
+from common.detection.method import smoothed
+from common.diffusion.gaussian import GaussianScheduler, evenly_spaced
 from common.errors import BundleError, ImageShapeError, SettingError
-from common.methods.base import smoothed
 from common.methods.latent_ddpm import (
     LatentDDPM,
     LatentDDPMObjective,
@@ -17,7 +18,6 @@ from common.methods.latent_ddpm import (
 )
 from common.networks.latent_space import LatentSpace
 from common.networks.vq_autoencoder import VQAutoencoder
-from common.schedulers.gaussian import GaussianScheduler, evenly_spaced
 
 SCHEDULE = {"beta_start": 0.0015, "beta_end": 0.0195}
 VARIANTS = ["a", "b", "c", "d"]

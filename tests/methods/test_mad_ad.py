@@ -8,13 +8,13 @@ import torch
 from arrays import generators, golden, slices
 from torch import nn
 
+from common.detection.method import image_difference, mirror, noise_like
+from common.diffusion.masked_ddim import MaskedDDIMScheduler
 from common.errors import ImageShapeError, SettingError
-from common.methods.base import image_difference, mirror, noise_like
 from common.methods.mad_ad import MADAD, MADADObjective, random_subset
 from common.networks.latent_space import LatentSpace
 from common.networks.masked_unet import MaskedDiffusionUNet
 from common.networks.strided_autoencoder import StridedAutoencoderKL
-from common.schedulers.masked_ddim import MaskedDDIMScheduler
 
 MAP_KINDS = ["image", "input", "latent", "mask"]
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from common.benchmark import write_benchmark
-from common.calibration import Calibration
+from common.detection.calibration import Calibration
 from common.detection.reliability import verdict
-from common.handlers.evaluation import write_result
 from common.metrics import DetectionMetrics
 from common.metrics.paper_slices import PaperSlices
-from common.report.case import Case, write_case
-from common.report.preview import save_preview
+from common.results.case import Case, write_case
+from common.results.preview import save_preview
 from common.weights import sha256
+from common.workflows.benchmark import write_benchmark
+from common.workflows.evaluation import write_result
 
 THRESHOLD = 0.1
 MARKUP = "<img src=x onerror=document.title='broken'>"  # a name that a careless page would run
@@ -72,7 +72,7 @@ def make_case(phantom, save_nifti):
         }
         folder = out / name
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("common.report.case.save_preview", draw_once)
+            patch.setattr("common.results.case.save_preview", draw_once)
             case = Case(name, **volumes, to_mni=to_mni)
             numbers = calibration.describe(case.anomaly_map.as_tensor(), case.brain.as_tensor(), THRESHOLD)
             write_case(folder, entities, case, numbers | verdict([]) | (result or {}), record | run)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from common.report.html import write_report
-from common.report.results import CaseFiles, read_lesions
+from common.results.read import CaseFiles, read_lesions
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SOFTWARE_GL = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]

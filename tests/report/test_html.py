@@ -18,8 +18,8 @@ from common.cli import app
 from common.errors import ResultError, UADError
 from common.report import viewer
 from common.report.html import write_report
-from common.report.results import CaseFiles, read_lesions
 from common.report.viewer import MAX_VOXELS, encode, niivue, shrink
+from common.results.read import CaseFiles, read_lesions
 
 
 class Page(HTMLParser):

@@ -10,7 +10,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from common.bundle import BUNDLES_DIR
-from common.data.cohort import read_cohort
+from common.cohorts.table import read_cohort
 from common.errors import UADError
 from common.weights import save_weights, sha256
 

@@ -17,7 +17,7 @@ CONFIG = {
     "weights": "none.pt",
     "median_size": 1,
     "network_def": {
-        "_target_": "common.networks.volume.VolumeDetector",
+        "_target_": "common.detection.volume.VolumeDetector",
         "detector": {
             "_target_": "common.methods.ae.AE",
             "network": {

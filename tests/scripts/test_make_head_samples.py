@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from common.data.cohort import SAMPLE_DIR
+from common.cohorts.table import SAMPLE_DIR
 from common.metrics import auroc, intensity_threshold
 from common.metrics.histograms import exact_histograms
 from common.transforms.head import HeadCTPreprocessing, HeadMRPreprocessing

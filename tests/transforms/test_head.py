@@ -6,7 +6,7 @@ from monai.data import MetaTensor
 from monai.transforms import Invertd
 
 from common.errors import ImageIntensityError
-from common.transforms.check import typed_errors
+from common.images.check import typed_errors
 from common.transforms.head import HeadCTPreprocessing, HeadMRPreprocessing, head_mask
 
 

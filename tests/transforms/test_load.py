@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from scipy.spatial.transform import Rotation
 
 from common.errors import CohortError, DicomError, ImageFileError, ImageGeometryError, ImageIntensityError
-from common.transforms.check import source_name, voxel_volume_ml
+from common.images.check import source_name, voxel_volume_ml
 from common.transforms.load import LoadImageCheckedd, load_image, load_lesion
 from common.weights import digest, sha256
 

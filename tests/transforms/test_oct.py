@@ -6,7 +6,7 @@ from monai.data import MetaTensor
 from monai.transforms import Invertd
 
 from common.errors import SkullStripError
-from common.transforms.check import typed_errors
+from common.images.check import typed_errors
 from common.transforms.oct import OCTPreprocessing
 
 

@@ -11,7 +11,7 @@ from monai.transforms import Compose, Invertd
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from common.data.cohort import SAMPLE_DIR
+from common.cohorts.table import SAMPLE_DIR
 from common.transforms.intensity import FOREGROUND_FLOOR
 from common.transforms.pipeline import BrainPreprocessing
 from common.transforms.postprocess import SegmentAnomaliesd, SplitPredictiond

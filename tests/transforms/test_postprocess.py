@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from common.calibration import Calibration
+from common.detection.calibration import Calibration
 from common.errors import BundleError
 from common.transforms.postprocess import ScoreVolumed, SegmentAnomaliesd, SplitPredictiond, segment, shipped_threshold
 from common.weights import save_weights

@@ -16,7 +16,7 @@ from monai.transforms import Invertd
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from common.data.cohort import SAMPLE_DIR
+from common.cohorts.table import SAMPLE_DIR
 from common.errors import RegistrationError
 from common.transforms import registration
 from common.transforms.registration import (

@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from common.data.cohort import SAMPLE_DIR
+from common.cohorts.table import SAMPLE_DIR
 from common.errors import SkullStripError
 from common.transforms.brain import BrainMaskd
 from common.transforms.strip import atlas_brain_mask

@@ -13,8 +13,8 @@ from monai.deploy.operators import DICOMDataLoaderOperator, DICOMSeriesSelectorO
 from operators import AnomalyBundleOperator, ResultWriterOperator, SeriesToVolumeOperator
 from settings import CONFIG, Settings, check_command_line
 
-from common.data.dicom import find_series
 from common.errors import BundleError, SettingError
+from common.images.dicom import find_series
 
 
 class AnomalyApp(Application):

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import pydicom
 
-from common.data.dicom import Series
+from common.images.dicom import Series
 
 # where the voxels are, and which images they are of; UIDs are kept, so that results and images find each other
 NEEDED = (

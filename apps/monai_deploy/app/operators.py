@@ -13,14 +13,14 @@ from monai.deploy.operators import MonaiBundleInferenceOperator
 from monai.deploy.operators.monai_bundle_inference_operator import IOMapping
 from summary import summarise
 
-from common.data.dicom import choose_series, find_series, read_series
 from common.errors import DicomError, OutputError
 from common.files import replacing
-from common.handlers.inference import source_series
-from common.report.case import Case
-from common.report.dicom import save_dicom
-from common.transforms.check import typed_errors
+from common.images.check import typed_errors
+from common.images.dicom import choose_series, find_series, read_series
+from common.results.case import Case
+from common.results.dicom import save_dicom
 from common.weights import load_weights, sha256
+from common.workflows.inference import source_series
 
 
 @dataclass(frozen=True)

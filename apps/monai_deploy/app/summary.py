@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from common.report.case import Case, describe, find_lesions
+from common.results.case import Case, describe, find_lesions
 
 
 def summarise(about: Mapping[str, str], case: Case, result: Mapping[str, Any]) -> str:

@@ -1,0 +1,239 @@
+"""Handlers that look at a whole cohort: calibration on healthy subjects, evaluation against lesion masks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.transforms import Orientation
+from torch import Tensor
+
+from ..bundle import bundle_root
+from ..detection.fingerprint import Fingerprint
+from ..detection.method import foreground_of
+from ..detection.volume import VolumeDetector
+from ..files import replacing
+from ..images.check import voxel_volume_ml
+from ..metrics import DetectionMetrics, intensity_threshold
+from ..metrics.baselines import DIRECTIONS, Direction, HealthyBaselines
+from ..metrics.paper_slices import PaperSlices
+from ..outputs import check_result, input_files
+from ..recorded import Recorded
+from ..results.case import versions
+from ..transforms.load import load_lesion
+from ..transforms.postprocess import intensity_unit, intensity_zero, to_input_grid
+from .engines import cases
+from .inference import said
+from .run_time import RunTime
+
+BATCH_SIZE = 16  # slices at a time
+
+
+@dataclass(frozen=True)
+class LabelledCase:
+    """A case as it is measured: on its own grid, turned to RAS so that slices are axial; (C, H, W, D) on the CPU."""
+
+    subject: str
+    site: str
+    image: Tensor  # in [0, 1], 0 outside the foreground
+    unit: Tensor  # (C, 1, 1, 1) or (C, H, W, D), the intensity that 1 stands for, from `zero`
+    zero: Tensor  # (C, 1, 1, 1), the intensity that 0 stands for
+    brain: Tensor  # (1, H, W, D) bool
+    lesion: Tensor | None  # (H, W, D) bool
+    voxel_ml: float
+    pixel_mm2: float  # area of a voxel in an axial slice
+    prepared: Tensor  # (C, H', W', D') in [0, 1], as a network sees it
+    from_prepared: Callable[[Tensor], Tensor]  # brings a map (1, H', W', D') from there to the grid of the others
+
+
+def labelled_case(batch: Mapping[str, Any]) -> LabelledCase:
+    """From what the preprocessing makes of an item of a cohort. Raises UADError where the lesion mask does not fit."""
+    unit = _ras(MetaTensor(intensity_unit(batch), affine=batch["brain"].affine))
+    brain, zero = _ras(batch["brain"]) > 0, intensity_zero(batch)
+    return LabelledCase(
+        subject=str(batch["subject"]),
+        site=str(batch.get("site", "")),
+        image=((_ras(batch["input"]) - zero) / unit).clamp(0, 1) * brain,
+        unit=unit,
+        zero=zero,
+        brain=brain,
+        lesion=_ras(load_lesion(batch["lesion"], batch["brain"]))[0] > 0 if batch.get("lesion") else None,
+        voxel_ml=voxel_volume_ml(batch["brain"]),
+        pixel_mm2=float(_oriented(batch["brain"]).pixdim[:2].prod()),
+        prepared=batch["image"].as_tensor().cpu(),
+        from_prepared=lambda anomaly_map: _ras(to_input_grid(anomaly_map, batch)),
+    )
+
+
+class BaselineMetrics:
+    """Metrics of the baselines that cost nothing: the intensity, and what is seen beside healthy brains.
+
+    Args:
+        modalities: of the images; with several the intensity of each is a baseline.
+        healthy: fitted on healthy training subjects, or None.
+    """
+
+    def __init__(self, modalities: Sequence[str], healthy: HealthyBaselines | None = None) -> None:
+        self.baselines: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        for direction, (channel, modality) in product(DIRECTIONS, enumerate(modalities)):
+            name = f"intensity_{direction}_{modality}" if len(modalities) > 1 else f"intensity_{direction}"
+            self.baselines[name] = partial(_intensity, channel=channel, direction=direction)
+        self.of_prepared = {} if healthy is None else healthy.atlases
+        if healthy is not None:
+            self.baselines["mean_healthy_image"] = healthy.mean_image
+        self.metrics = {name: DetectionMetrics() for name in (*self.baselines, *self.of_prepared)}
+
+    def update(self, case: LabelledCase) -> None:
+        """Add a case."""
+        maps = {name: baseline(case.image, case.brain) for name, baseline in self.baselines.items()}
+        foreground = foreground_of(case.prepared[None])[0]
+        for name, baseline in self.of_prepared.items():
+            maps[name] = case.from_prepared(baseline(case.prepared, foreground)).clamp(min=0) * case.brain
+        for name, anomaly_map in maps.items():
+            self.metrics[name].update(
+                case.subject, anomaly_map[0], case.lesion, case.brain[0], voxel_ml=case.voxel_ml, site=case.site
+            )
+
+    def compute(self, seed: int) -> dict[str, dict[str, Any]]:
+        """The metrics of each baseline."""
+        return {name: metrics.compute(seed) for name, metrics in self.metrics.items()}
+
+
+def _intensity(image: Tensor, brain: Tensor, channel: int, direction: Direction) -> Tensor:
+    return intensity_threshold(image[channel : channel + 1], brain, direction)
+
+
+class Evaluate:
+    """Metrics of a method, and of the baselines that cost nothing, on a labelled cohort, written as result.json.
+
+    Args:
+        network: for the calibration and its settings.
+        weights: its file, for the digest.
+        bundle: its key.
+        preprocessing: for its settings.
+        result: path of the JSON.
+        healthy_baselines: fitted on healthy training subjects, or None.
+        baselines: whether to measure them.
+    """
+
+    def __init__(
+        self,
+        network: VolumeDetector,
+        weights: str,
+        bundle: str,
+        preprocessing: Recorded,
+        result: str,
+        healthy_baselines: HealthyBaselines | None = None,
+        baselines: bool = True,
+    ) -> None:
+        self.network = network
+        self.weights = weights
+        self.bundle = bundle
+        self.preprocessing = preprocessing
+        self.result = Path(result)
+        self.threshold = float("nan")
+        self.metrics = DetectionMetrics()
+        self.protocols = PaperSlices()
+        self.baselines = None
+        if baselines:
+            about = json.loads((Path(bundle_root(bundle)) / "configs" / "metadata.json").read_text(encoding="utf-8"))
+            self.baselines = BaselineMetrics(about["modalities"], healthy_baselines)
+        self.run_time = RunTime(network.axis)
+
+    def attach(self, engine: Engine) -> None:
+        """Add the handler to an evaluator of a labelled cohort."""
+        engine.add_event_handler(Events.STARTED, self.check)
+        self.run_time.attach(engine)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def check(self, engine: Engine) -> None:
+        """Before the first subject: no result is written over an input. Raises OutputError."""
+        data = getattr(getattr(engine.state.dataloader, "dataset", None), "data", ())
+        check_result(self.result, [*input_files(data), self.weights], "bundle", "weights_sha256")
+
+    def __call__(self, engine: Engine) -> None:
+        """Add the subjects of the batch."""
+        for batch, output in cases(engine):
+            case = labelled_case(batch)
+            self.threshold = output["threshold"]
+            anomaly_map = _ras(output["anomaly_map"])[0]
+            reconstruction = (_ras(output["reconstruction"]) - case.zero * case.brain) / case.unit
+            self.metrics.update(
+                case.subject,
+                anomaly_map,
+                case.lesion,
+                case.brain[0],
+                threshold=self.threshold,
+                image=case.image,
+                reconstruction=reconstruction,
+                segmentation=_ras(output["segmentation"])[0],
+                voxel_ml=case.voxel_ml,
+                site=case.site,
+            )
+            self.protocols.update(
+                anomaly_map.numpy(),
+                None if case.lesion is None else case.lesion.numpy(),
+                case.brain[0].numpy(),
+                case.image.numpy(),
+                reconstruction.numpy(),
+                case.pixel_mm2,
+            )
+            if self.baselines is not None:
+                self.baselines.update(case)
+
+    def finish(self, engine: Engine) -> None:
+        """Compute, and write the result."""
+        seed, calibration = self.network.seed, self.network.calibration
+        fingerprint = Fingerprint.of(self.network, self.preprocessing, self.weights)
+        result = {
+            "bundle": self.bundle,
+            **self.metrics.compute(seed),
+            "protocols": self.protocols.compute(),
+            **({} if self.baselines is None else {"baselines": self.baselines.compute(seed)}),
+            "threshold": self.threshold,
+            "threshold_origin": calibration.origin(self.threshold),
+            "run_time": self.run_time.result(),
+            **fingerprint.record(),
+            "fingerprint": fingerprint.digest,
+            "warnings": said(fingerprint.calibration_warning(calibration.settings)),
+            "versions": versions(),
+        }
+        write_result(result, self.result)
+
+
+def write_result(result: Mapping[str, Any], path: Path) -> None:
+    """Write a result as JSON, an undefined number as null."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _oriented(volume: MetaTensor) -> MetaTensor:
+    return cast(MetaTensor, Orientation("RAS", labels=None)(volume))
+
+
+def _ras(volume: MetaTensor) -> Tensor:
+    return _oriented(cast(MetaTensor, volume.to(torch.float32))).as_tensor().cpu()
+
+
+def fit_healthy_baselines(
+    data: Sequence[dict[str, Any]], transform: Callable[[dict[str, Any]], dict[str, Any]]
+) -> HealthyBaselines | None:
+    """The baselines that have seen prepared healthy training subjects; None where the cohort has none."""
+    if not data:
+        return None
+
+    def volumes() -> Iterator[tuple[Tensor, Tensor]]:
+        for item in data:
+            image = transform(item)["image"].as_tensor()
+            yield image, foreground_of(image[None])[0]
+
+    return HealthyBaselines.fit(volumes(), len(data))

@@ -1,0 +1,207 @@
+"""Handlers of the inference workflow: load the weights, write each case."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+
+from ..cohorts.bids import write_description
+from ..detection.fingerprint import Fingerprint, differences
+from ..detection.reliability import UNRELIABLE
+from ..detection.volume import VolumeDetector
+from ..errors import DicomError, OutputError
+from ..images.check import source_name
+from ..images.dicom import Series, choose_series
+from ..outputs import case_place, check_places
+from ..recorded import Recorded
+from ..results.case import Case, record_path, write_case
+from ..results.dicom import OBJECTS
+from ..weights import digest, load_into
+from .engines import cases
+
+INPUTS = ("image", "brain")
+
+
+class LoadWeights:
+    """Load the bundle's weights, strictly, before the first case; once, however often the evaluator runs.
+
+    Raises BundleError.
+    """
+
+    def __init__(self, network: VolumeDetector, path: str) -> None:
+        self.network = network
+        self.path = path
+        self._loaded = False
+
+    def attach(self, engine: Engine) -> None:
+        """Add the handler to an evaluator."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Load."""
+        if not self._loaded:
+            load_into(self.network, self.path)
+            self.network.eval()
+            self._loaded = True
+
+
+class SaveDetections:
+    """Write the outputs of each case, `write_case`, into `output_dir/<subject>/`.
+
+    Those of a BIDS dataset go where and by the names that a derivative dataset wants.
+
+    Args:
+        output_dir: made if it is not there.
+        network: for the calibration and the seed.
+        weights: its file, for its digest.
+        bundle: its key.
+        preprocessing: for its settings.
+        segmentation: `threshold` and `min_volume_ml` of the segmentation, for the record.
+        dicom: for cases from DICOM write the segmentation and the map as DICOM objects too.
+        force: write these for cases, too, whose result is unreliable.
+
+    `verdicts` holds what was found of each case that was written: `reliability` and `doubts`.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        network: VolumeDetector,
+        weights: str,
+        bundle: str,
+        preprocessing: Recorded,
+        segmentation: Mapping[str, Any],
+        dicom: bool = False,
+        force: bool = False,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.network = network
+        self.weights = weights
+        self.bundle = bundle
+        self.dicom = dicom
+        self.force = force
+        self.verdicts: dict[str, dict[str, Any]] = {}
+        self.preprocessing = preprocessing
+        self.segmentation = {name: segmentation[name] for name in ("threshold", "min_volume_ml")}
+        self._started = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Add the handler to an evaluator."""
+        engine.add_event_handler(Events.STARTED, self._check)
+        engine.add_event_handler(Events.STARTED, lambda _: self.warnings)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _check(self, engine: Engine) -> None:
+        """No result is written over an input. Raises OutputError."""
+        dataset = getattr(engine.state.dataloader, "dataset", None)
+        check_places(self.output_dir, getattr(dataset, "data", ()), self.bundle, [self.weights])
+
+    def _start(self, engine: Engine) -> None:
+        self._started = time.perf_counter()
+
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Of all cases. Raises BundleError where the weights cannot be read."""
+        return Fingerprint.of(self.network, self.preprocessing, self.weights)
+
+    @functools.cached_property
+    def warnings(self) -> list[str]:
+        """What holds for all cases; it is said on stderr too, once. Ask for it when the weights are loaded."""
+        return said(self.fingerprint.calibration_warning(self.network.calibration.settings))
+
+    def _identity(self, inputs: Mapping[str, str], series: object) -> dict[str, Any]:
+        """What tells one result from another, by the digests of its inputs."""
+        found = self.fingerprint.record()
+        found["settings"] = found["settings"] | ({"series": series} if series else {})
+        return {"bundle": self.bundle, "input_sha256": inputs, **found, **self.segmentation}
+
+    def finished(self, item: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The record of the case of an item of a datalist, if all that is wanted of it has been written.
+
+        Raises OutputError where it is another case.
+        """
+        path = record_path(*case_place(self.output_dir, item))
+        if not path.is_file():
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return None
+        inputs = {key: digest(item[key]) for key in INPUTS if key in item}
+        identity = self._identity(inputs, item.get("series"))
+        before = {key: record[key] for key in identity if key in record}
+        if others := differences(before, identity, "not recorded"):
+            fact = f"holds another result ({'; '.join(others)})"
+            raise OutputError(path.parent, fact, "choose another output folder", overwrite="")
+        missing = [name for name in OBJECTS if not (path.parent / name).is_file()]
+        return None if missing and self._wants_dicom(record) else record
+
+    def _wants_dicom(self, result: Mapping[str, Any]) -> bool:
+        return self.dicom and (self.force or result.get("reliability") != UNRELIABLE)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the cases of the batch. Raises OutputError, and after the rest DicomError for DICOM objects."""
+        for batch, output in cases(engine):
+            result = output["result"]
+            case = Case(
+                subject=str(batch["subject"]),
+                image=batch["input"],
+                brain=batch["brain"],
+                anomaly_map=output["anomaly_map"],
+                reconstruction=output["reconstruction"],
+                segmentation=output["segmentation"],
+                to_mni=np.asarray(batch["to_mni"]) if "to_mni" in batch else None,
+                find_series=partial(source_series, batch["input"]) if self._wants_dicom(result) else None,
+            )
+            inputs = {key: batch[f"{key}_sha256"] for key in INPUTS if f"{key}_sha256" in batch}
+            run = {
+                **self._identity(inputs, batch.get("series")),
+                "fingerprint": self.fingerprint.digest,
+                "warnings": self.warnings,
+                "image": str(Path(source_name(batch["input"])).absolute()),  # for the report, which shows the scan
+                "brain_mask": batch["brain_source"],
+                "device": str(engine.state.device),  # type: ignore[attr-defined]
+                "seconds": round(time.perf_counter() - self._started, 3),
+            }
+            folder, entities = case_place(self.output_dir, batch)
+            try:
+                if entities is not None:
+                    write_description(self.output_dir, self.bundle)
+                failure = write_case(folder, entities, case, result, run)
+            except OSError as error:
+                fact = f"cannot be written ({error.strerror or error})"
+                raise OutputError(folder, fact, "choose another output folder, or make room in it") from error
+            self.verdicts[case.subject] = {name: result[name] for name in ("reliability", "doubts")}
+            if failure is not None:
+                raise failure  # what was asked for is not all there
+
+
+def said(warning: str | None) -> list[str]:
+    """The warning as a list, after it was written to stderr; empty for None."""
+    if warning is None:
+        return []
+    print(f"Warning: {warning}", file=sys.stderr, flush=True)
+    return [warning]
+
+
+def source_series(image: MetaTensor) -> Series:
+    """The DICOM series that an image was read from. Raises DicomError."""
+    if uid := image.meta.get("series_uid"):
+        return choose_series(source_name(image), str(uid))
+    raise DicomError(
+        source_name(image),
+        "no DICOM series, which DICOM results would refer to",
+        "give a DICOM folder",
+        output_format="nifti",
+    )

@@ -1,0 +1,266 @@
+"""Many cases: what is finished is kept, what is bad is said, a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from common.cli import app
+from common.errors import OutputError
+from common.workflows.batch import StatusTable, claimed
+
+CASES, KILLED_AT = 12, 4
+KILLED = f"""
+import os, signal, sys
+from common.workflows import batch
+from common import cli
+
+add = batch.StatusTable.add
+def add_or_be_killed(table, *arguments):
+    if len(table.rows) == {KILLED_AT - 1}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(table, *arguments)
+
+batch.StatusTable.add = add_or_be_killed
+cli.app(sys.argv[1:])
+"""
+
+
+def uad(*arguments, **settings):
+    return subprocess.Popen([sys.executable, "-m", "common", *map(str, arguments)], stderr=-1, text=True, **settings)
+
+
+def detect(*arguments):
+    """The command in this process."""
+    return CliRunner().invoke(app, ["detect", "-m", "dae", *map(str, arguments)])
+
+
+def statuses(folder, name="status.tsv"):
+    with (folder / name).open(newline="", encoding="utf-8") as file:
+        return {row["case"]: row for row in csv.DictReader(file, delimiter="\t")}
+
+
+def records(folder):
+    """When the record of each case was written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
+
+
+@pytest.fixture(scope="module")
+def thin_brains(phantom, save_nifti, tmp_path_factory):
+    """A folder of brains of four slices each."""
+    folder = tmp_path_factory.mktemp("brains")
+    (height, width, depth), affine = phantom.grid(spacing_mm=(4, 4, 4))
+    affine[:3, 3] += affine[:3, :3] @ (0, 0, depth // 2 - 2)
+    image = phantom.on_grid((height, width, 4), affine)[0]
+    for index in range(CASES):
+        save_nifti(folder / f"{index:02}.nii.gz", image + (image > 0) * np.float32(index), affine)
+    return folder
+
+
+def test_table_appends_and_keeps_the_last_line_of_a_case(tmp_path):
+    path = tmp_path / "out" / "status.tsv"
+    with StatusTable(path) as table:
+        table.add("a", "ImageShapeError", 1.234, "one\ttwo\nthree")
+        table.add("b", "ok", 0.5)
+        assert len(path.read_text(encoding="utf-8").splitlines()) == 3  # each line is there at once
+    with path.open("a", encoding="utf-8") as file:
+        file.write("a\tok\t2.00\t\n")
+    with StatusTable(path) as table:
+        assert table.rows["a"][1] == "ok"
+    assert path.read_text(encoding="utf-8") == "case\tstatus\tseconds\tmessage\na\tok\t2.00\t\nb\tok\t0.50\t\n"
+    assert [file.name for file in path.parent.iterdir()] == ["status.tsv"]
+
+
+def test_table_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "out").write_text("a file", encoding="utf-8")
+    with pytest.raises(OutputError, match="cannot be written"), StatusTable(tmp_path / "out" / "status.tsv"):
+        pass
+
+
+def test_table_of_another_program_is_left_alone(tmp_path):
+    path = tmp_path / "status.tsv"
+    path.write_text("name\tmine\n", encoding="utf-8")
+    with pytest.raises(OutputError, match="not a status table"), StatusTable(path):
+        pass
+    assert path.read_text(encoding="utf-8") == "name\tmine\n"
+
+
+def test_tables_of_two_processes_are_one(tmp_path):
+    path = tmp_path / "status.tsv"
+    with StatusTable(path) as first:
+        first.add("a", "ok", 1)
+        with StatusTable(path) as second:
+            second.add("b", "ok", 1)
+            first.add("c", "ImageShapeError", 1)
+            second.add("c", "ok", 1)
+        first.add("d", "ok", 1)
+        assert first.is_done("c")  # which the other has done again
+    assert {case: row["status"] for case, row in statuses(tmp_path).items()} == dict.fromkeys("abcd", "ok")
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 5
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_line_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys):
+    """The disk is full for a while, once in the middle of a line; at the end all lines are there."""
+    path, whole = tmp_path / "status.tsv", Path.open
+    with StatusTable(path) as table:
+        table.add("a", "ok", 1)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("b\to")  # as far as there was room
+
+        def full(self, mode="r", *arguments, **options):
+            if self == path and "a" in mode:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return whole(self, mode, *arguments, **options)
+
+        monkeypatch.setattr(Path, "open", full)
+        table.add("b", "ok", 1)
+        table.add_error("M\udcfcller", ValueError("M\udcfcller: bad"), 1)
+        monkeypatch.undo()
+        table.add("d", "ok", 1)
+        assert table.is_done("b")
+        assert not table.is_done("M\udcfcller")
+    said = capsys.readouterr().err
+    assert said.count("cannot be written (No space left on device)") == 2
+    assert "ValueError: M\\udcfcller: bad" in said
+    assert {case: row["status"] for case, row in statuses(tmp_path).items()} == {
+        "a": "ok",
+        "b": "ok",
+        "M\\udcfcller": "ValueError",
+        "d": "ok",
+    }
+
+
+def test_disk_that_stays_full_is_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    table = StatusTable(tmp_path / "status.tsv")
+    with pytest.raises(OutputError, match="No space left"), table:
+        monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.undo()
+    with pytest.raises(KeyError), table:  # what ended the run is not hidden by what follows from it
+        monkeypatch.setattr(Path, "write_text", full)
+        raise KeyError
+
+
+def test_cases_that_another_process_is_at_come_last(tmp_path):
+    items = [{"subject": name} for name in "abc"]
+    other = claimed(tmp_path, items)
+    assert next(other) == {"subject": "a"}
+    mine = claimed(tmp_path, items)
+    assert next(mine) == {"subject": "b"}
+    assert next(other) == {"subject": "c"}
+    other.close()
+    assert [item["subject"] for item in mine] == ["c", "a"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_cases(thin_brains, tmp_path):
+    """One of them is killed, and the rest is done; each case once, with one line."""
+    few, out = sorted(thin_brains.iterdir())[:8], tmp_path / "out"
+    command = ("detect", *few, "-m", "dae", "-o", out)
+    killed, other = uad(*command), uad(*command)
+    seen = {}
+    deadline = time.monotonic() + 240
+    while other.poll() is None and time.monotonic() < deadline:
+        for name, written in records(out).items():
+            assert seen.setdefault(name, written) == written, f"{name} was done twice"
+        if len(seen) >= 3 and killed.poll() is None:
+            killed.send_signal(signal.SIGKILL)
+        time.sleep(0.02)
+    killed.communicate()
+    assert other.communicate() and other.returncode == 0
+    assert killed.returncode == -signal.SIGKILL
+    assert set(records(out)) == {path.name.split(".")[0] for path in few}
+    again = uad(*command)
+    assert again.communicate() and again.returncode == 0
+    after = records(out)
+    assert {name: after[name] for name in seen} == seen
+    assert {case: row["status"] for case, row in statuses(out).items()} == dict.fromkeys(after, "ok")
+    assert len((out / "status.tsv").read_text(encoding="utf-8").splitlines()) == 1 + len(few)
+    assert not list(out.glob(".*"))
+    assert all(len(list((out / name).iterdir())) == 6 for name in after)
+
+
+def test_killed_run_goes_on(thin_brains, tmp_path):
+    """Killed at the worst moment: the results of a case are there, its line is not."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, "detect", thin_brains, "-m", "dae", "-o", out]
+    run = subprocess.run(command, check=False)
+    assert run.returncode == -signal.SIGKILL
+    before = records(out)
+    assert len(before) == KILLED_AT
+    for name in before:  # what is there is whole
+        assert len(list((out / name).iterdir())) == 6
+    assert len(statuses(out)) == KILLED_AT - 1
+    assert set(statuses(out)) <= set(before)
+
+    assert detect(thin_brains, "-o", out).exit_code == 0
+    after = records(out)
+    assert len(after) == CASES
+    assert {name: after[name] for name in before} == before  # nothing was done twice
+    assert {row["status"] for row in statuses(out).values()} == {"ok"}
+    assert len((out / "status.tsv").read_text(encoding="utf-8").splitlines()) == 1 + CASES
+    assert not list(out.glob(".*"))  # nothing half-written is left
+
+
+def test_parts_and_overwrite(thin_brains, tmp_path):
+    few = sorted(thin_brains.iterdir())[:3]
+    out = tmp_path / "out"
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_MIN": "11"}
+    environment |= {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_STEP": "1"}
+    runs = [
+        uad("detect", *few, "-m", "dae", "-o", out, "--part", "1/2"),
+        uad("detect", *few, "-m", "dae", "-o", out, env=environment),
+    ]
+    assert [run.communicate() and run.returncode for run in runs] == [0, 0]
+    assert set(statuses(out, "status_1-of-2.tsv")) == {"00", "02"}
+    assert set(statuses(out, "status_2-of-2.tsv")) == {"01"}
+
+    before = records(out)
+    assert detect(few[0], "-o", out, "--overwrite").exit_code == 0
+    assert {name for name, written in records(out).items() if written != before[name]} == {"00"}
+
+    other = detect(few[1], "-o", out, "--seed", "5")  # another result is not given for this one
+    assert other.exit_code == 3
+    assert all(words in other.output for words in ("OutputError", "seed: 0 before, 5 now", "--overwrite"))
+    assert records(out)["01"] == before["01"]
+
+
+def test_bids_dataset_gives_derivatives(thin_brains, tmp_path):
+    root, out = tmp_path / "data", tmp_path / "derivatives"
+    for index, name in enumerate(("sub-01/anat/sub-01_T1w", "sub-02/ses-1/anat/sub-02_ses-1_T1w")):
+        (root / name).parent.mkdir(parents=True)
+        (root / f"{name}.nii.gz").write_bytes((thin_brains / f"{index:02}.nii.gz").read_bytes())
+    (root / "dataset_description.json").write_text("{}", encoding="utf-8")
+    for _ in range(2):
+        assert detect(root, "-o", out).exit_code == 0
+    anat = out / "sub-02" / "ses-1" / "anat"
+    assert {path.name for path in anat.iterdir()} == {
+        f"sub-02_ses-1_desc-{name}"
+        for name in (
+            "anomaly_map.nii.gz",
+            "anomaly_mask.nii.gz",
+            "reconstruction_map.nii.gz",
+            "anomaly_lesions.csv",
+            "anomaly_preview.png",
+            "anomaly_run.json",
+        )
+    }
+    assert {path.name for path in out.iterdir()} == {"sub-01", "sub-02", "status.tsv", "dataset_description.json"}
+    assert json.loads((out / "dataset_description.json").read_text(encoding="utf-8"))["DatasetType"] == "derivative"
+    assert detect(root, "-o", tmp_path / "one", "--participant-label", "02").exit_code == 0
+    assert set(statuses(tmp_path / "one")) == {"sub-02_ses-1"}
