@@ -238,7 +238,7 @@ REFUSED = {  # what differs from a good command, and the line
     "output cannot be made": ({"output": "/proc/nowhere"}, "OutputError: /proc/nowhere: cannot be written .*-o"),
     "several modalities": ({"bundle": BUNDLES / "berdiff_glioma"}, "BundleError: berdiff_glioma: works on .* together"),
     "no settings": ({"settings": None}, "SettingError: .*my.yaml: no such file of settings"),
-    "no YAML": ({"settings": "detection: [strip"}, "SettingError: .*my.yaml: cannot be read"),
+    "no YAML": ({"settings": "detection: [strip"}, "SettingError: .*my.yaml: no settings in it .*app.yaml"),
     "misspelt": ({"settings": "detection:\n  stripp: atlas\n"}, "SettingError: .*no stripp; choose from strip,"),
     "of no use": ({"settings": "detection:\n  strip: magic\n"}, "SettingError: .*choose one of atlas, hd-bet, none"),
     "no rules": ({"settings": "detection:\n  rules: mine.json\n"}, "SettingError: .*mine.json: no such file of rules"),
