@@ -84,6 +84,8 @@ def _describe_module(module: nn.Module) -> dict[str, Any]:
 
 def _describe_object(value: Any) -> Any:
     """A function by its name; numbers with 5 digits, which every machine computes alike; else what an object holds."""
+    if isinstance(value, Tensor) and value.is_meta:
+        return {"class": "Tensor", "shape": list(value.shape)}  # it holds no numbers
     if isinstance(value, (Tensor, np.ndarray)):
         return [f"{item:.5g}" for item in np.ravel(torch.as_tensor(value).detach().cpu().double().numpy()).tolist()]
     if isinstance(value, functools.partial):

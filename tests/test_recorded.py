@@ -72,6 +72,7 @@ def test_default_that_is_given_is_no_change():
         (torch.Size([2, 3]), [2, 3]),
         (torch.float16, "torch.float16"),
         (torch.tensor([[1 / 3, 1.0]]), ["0.33333", "1"]),
+        (torch.empty(2, 3, device="meta"), {"class": "Tensor", "shape": [2, 3]}),
         (unet, "unet"),
         (functools.partial(unet, norm_eps=0.5), ["unet", [], {"norm_eps": 0.5}]),
     ],

@@ -230,7 +230,8 @@ def evaluate_apart(
     flags = []
     for name, value in options.items():
         flags += [f"--{name}", value] if isinstance(value, str) else [f"--{name}" if value else f"--no-{name}"]
-    command = [sys.executable, "-m", __package__, "evaluate", str(cohort.resolve()), "-o", str(evaluation)]
+    program = str(__package__).rpartition(".")[0]
+    command = [sys.executable, "-m", program, "evaluate", str(cohort.resolve()), "-o", str(evaluation)]
     command += ["-m", variant.bundle, "--seed", str(identity["seed"]), "--no-baselines", *flags]
     command += [f"--set={item}" for item in variant.items]
     folder.mkdir(parents=True, exist_ok=True)
