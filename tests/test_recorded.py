@@ -7,6 +7,7 @@ import functools
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monai.networks.nets import DiffusionModelUNet
@@ -81,6 +82,11 @@ def test_values(value, expected):
     described = describe(value)
     assert described == expected
     assert json.loads(json.dumps(described)) == described
+
+
+def test_array_is_described_by_its_numbers_on_any_device():
+    with torch.device("meta"):
+        assert describe(np.array([1, 2.5])) == ["1", "2.5"]
 
 
 @pytest.mark.parametrize("settings", [{"norm_eps": 1e-4}, {"resblock_updown": True}, {"use_flash_attention": True}])
