@@ -23,6 +23,7 @@ from ..detection.fingerprint import Fingerprint
 from ..errors import CohortError, UADError
 from ..files import replacing
 from ..images.check import typed_errors
+from ..metrics.baselines import QUANTITIES
 from ..metrics.bootstrap import PAIRED, paired_difference
 from ..outputs import Inputs, check_file, is_result
 from ..report.benchmark_table import LESIONS, SUBJECTS, VOXELS, csv_table, markdown_tables
@@ -130,7 +131,8 @@ def check_output(cohort: Path, output: Path, variants: Iterable[Variant]) -> Non
     """Raises OutputError where an input would be written over, or what is no earlier result of a benchmark."""
     tables = [output / f"benchmark.{suffix}" for suffix in ("json", "csv", "md")]
     results = {output / variant.key / RESULT for variant in variants}
-    results |= {path for name in ("intensity", "mean_healthy_image") for path in output.glob(f"{name}_*/{RESULT}")}
+    baselines = ("intensity", "mean_healthy_image", *QUANTITIES)
+    results |= {path for name in baselines for path in output.glob(f"{name}_*/{RESULT}")}
     weights = [BUNDLES_DIR / variant.bundle / "models" / "model.pt" for variant in variants]
     Inputs([*cohort_files(cohort), *weights]).check([*tables, *sorted(results)])
     for table in tables:
