@@ -97,7 +97,7 @@ def parse_items(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         item, equals, value = text.partition("=")
         if not (item and equals):
-            raise SettingError(text, "is not ITEM=VALUE", "write, for example, network_def::sigma_px=1")
+            raise SettingError(text, "is not ITEM=VALUE", "write, for example, network_def::smoothing_vox=1")
         try:
             items[item] = json.loads(value)
         except ValueError:

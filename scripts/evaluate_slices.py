@@ -72,7 +72,7 @@ def measure(content: Callable[[str], Any], slices: Slices, seed: int, device: st
     """A row of the result; `content` gives the items of its config."""
     network, weights = content("network_def"), content("weights")
     load_into(network, weights)
-    network.to(device).eval().sigma_px = 0  # the neighbours of a drawn slice are far away
+    network.to(device).eval().smoothing_vox = 0  # the neighbours of a drawn slice are far away
     started = time.perf_counter()
     found = network(slices.image.to(device).movedim(0, -1)[None])[0].movedim(-1, 0).cpu()
     seconds = (time.perf_counter() - started) / len(found)

@@ -32,7 +32,7 @@ class VolumeDetector(Recorded, nn.Module):
         seed: with the index of a slice, the only source of randomness.
         num_seeds: walks from as many seeds, the first of which is `seed`, are averaged; of use to random methods only.
         mirror: the result for the mirrored slices (the first of their axes, left and right in RAS) is averaged in.
-        sigma_px: Gaussian smoothing of the map in three dimensions, in voxels, within the foreground; 0 for none.
+        smoothing_vox: Gaussian smoothing of the map in three dimensions, in voxels, within the foreground; 0 for none.
         normalisation: what `Postprocessing` does to the map next; its atlas travels with the weights.
 
     Raises SettingError where a number is out of its range.
@@ -50,20 +50,20 @@ class VolumeDetector(Recorded, nn.Module):
         seed: int = 0,
         num_seeds: int = 1,
         mirror: bool = False,
-        sigma_px: float = 0.0,
+        smoothing_vox: float = 0.0,
         normalisation: WithinSubjectNormalisation | None = None,
     ) -> None:
         super().__init__()
-        if num_seeds < 1 or sigma_px < 0:
-            fact = f"num_seeds = {num_seeds}, sigma_px = {sigma_px}"
-            raise SettingError("VolumeDetector", fact, "choose at least one seed, and a sigma of 0 or more")
+        if num_seeds < 1 or smoothing_vox < 0:
+            fact = f"num_seeds = {num_seeds}, smoothing_vox = {smoothing_vox}"
+            raise SettingError("VolumeDetector", fact, "choose at least one seed, and a smoothing of 0 or more")
         self.detector = detector
         self.axis = axis
         self.batch_size = batch_size
         self.seed = seed
         self.num_seeds = num_seeds
         self.mirror = mirror
-        self.sigma_px = sigma_px
+        self.smoothing_vox = smoothing_vox
         self.normalisation = normalisation
         self.calibration = Calibration()
         self.preparation_names = sorted(preparation or {})
@@ -81,8 +81,8 @@ class VolumeDetector(Recorded, nn.Module):
         for batch in indices.split(self.batch_size) if len(indices) else ():
             result[batch] = self._views(slices[batch], batch % count)
         result = result.unflatten(0, (len(image), count)).movedim(1, self.axis + 2).contiguous()
-        if self.sigma_px > 0:
-            result[:, :1] = smoothed_within(result[:, :1], foreground_of(image), self.sigma_px)
+        if self.smoothing_vox > 0:
+            result[:, :1] = smoothed_within(result[:, :1], foreground_of(image), self.smoothing_vox)
         return result
 
     def _views(self, slices: Tensor, positions: Tensor) -> Tensor:
@@ -103,9 +103,9 @@ class VolumeDetector(Recorded, nn.Module):
         return torch.cat([detection.anomaly_map, detection.reconstruction], dim=1)[..., :height, :width]
 
 
-def smoothed_within(anomaly_map: Tensor, foreground: Tensor, sigma_px: float) -> Tensor:
+def smoothed_within(anomaly_map: Tensor, foreground: Tensor, smoothing_vox: float) -> Tensor:
     """Gaussian mean of the foreground's voxels only, 0 outside: (B, 1, H, W, D) float and bool -> float."""
-    kernel = gaussian_1d(torch.tensor(sigma_px), truncated=3.0, approx="sampled", normalize=True).to(anomaly_map)
+    kernel = gaussian_1d(torch.tensor(smoothing_vox), truncated=3.0, approx="sampled", normalize=True).to(anomaly_map)
     weights = foreground.to(anomaly_map.dtype)
     total, weight = (separable_filtering(x, [kernel] * 3) for x in (anomaly_map * weights, weights))
     return torch.where(foreground, total / weight.clamp(min=torch.finfo(weight.dtype).tiny), 0)

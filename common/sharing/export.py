@@ -174,7 +174,7 @@ def load_network(name: str) -> VolumeDetector:
 def describe(name: str, network: VolumeDetector) -> dict[str, Any]:
     """The bundle's metadata, and what belongs to its volumes: preparation, smoothing of the map, threshold of that."""
     preparation = dict(zip(network.preparation_names, network.preparation.tolist(), strict=True))
-    volume = {"preparation": preparation, "sigma_px": network.sigma_px}
+    volume = {"preparation": preparation, "smoothing_vox": network.smoothing_vox}
     return bundle.metadata(name) | volume | {"threshold": float(network.calibration.threshold)}
 
 

@@ -69,7 +69,7 @@ def test_record_names_the_settings(finished):
     assert run["network"]["class"] == "VolumeDetector"
     assert run["network"]["detector"]["class"] == "DAE"
     assert run["network"]["detector"]["network"]["channels"] == [24, 48, 96, 192]
-    assert run["network"]["sigma_px"] == 1.5
+    assert run["network"]["smoothing_vox"] == 1.5
     assert run["settings"]["spacing_mm"] == 2
     assert run["min_volume_ml"] == 0.02
     assert run["threshold_origin"]["kind"] == "calibrated"
@@ -80,7 +80,7 @@ def test_record_names_the_settings(finished):
 
 def test_same_settings_are_not_run_again(finished, scan):
     before = (finished / "a" / "run.json").stat().st_mtime_ns
-    for options in ([], ["--batch-size", "3"], ["--set", "network_def::sigma_px=1.5"]):
+    for options in ([], ["--batch-size", "3"], ["--set", "network_def::smoothing_vox=1.5"]):
         done = uad("detect", scan, "-m", "dae", "-o", finished, *options)
         assert done.exit_code == 0, done.output
     assert (finished / "a" / "run.json").stat().st_mtime_ns == before
@@ -89,7 +89,7 @@ def test_same_settings_are_not_run_again(finished, scan):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--set", "network_def::sigma_px=0"], "network.sigma_px: 1.5 before, 0 now"),
+        (["--set", "network_def::smoothing_vox=0"], "network.smoothing_vox: 1.5 before, 0 now"),
         (["--set", "network_def::num_seeds=2"], "network.num_seeds: 1 before, 2 now"),
         (["--set", "network_def::mirror=true"], "network.mirror: False before, True now"),
         (["--set", "network_def::detector::median_size=1"], "network.detector.median_size: 5 before, 1 now"),
@@ -136,10 +136,10 @@ def test_calibration_of_other_settings_is_said(scan, recorded_weights, tmp_path)
     run = json.loads((tmp_path / "same" / "a" / "run.json").read_text(encoding="utf-8"))
     assert not any("calibration" in warning for warning in run["warnings"])
 
-    done = uad(*arguments, "-o", tmp_path / "other", "--set", "network_def::sigma_px=0")
+    done = uad(*arguments, "-o", tmp_path / "other", "--set", "network_def::smoothing_vox=0")
     assert done.exit_code == 0, done.output
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("Warning: ")]
-    assert "calibration is of other settings (network.sigma_px: 1.5 before, the default now)" in line
+    assert "calibration is of other settings (network.smoothing_vox: 1.5 before, the default now)" in line
     run = json.loads((tmp_path / "other" / "a" / "run.json").read_text(encoding="utf-8"))
     assert run["warnings"][0] == line.removeprefix("Warning: ")
 
@@ -166,7 +166,7 @@ def test_digest_is_of_what_a_result_depends_on():
     assert stripped.digest != shipped.digest
     assert stripped.of_map == shipped.of_map
     assert Fingerprint.of(*parts(**{"preprocessing::register": True}), SHIPPED).of_map != shipped.of_map
-    assert Fingerprint.of(*parts(**{"smoothing_px": 1.0}), SHIPPED).of_map != shipped.of_map
+    assert Fingerprint.of(*parts(**{"smoothing_vox": 1.0}), SHIPPED).of_map != shipped.of_map
 
 
 def test_default_that_is_written_out_is_no_other_setting():

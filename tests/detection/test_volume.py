@@ -194,7 +194,7 @@ def test_smoothing_is_the_mean_of_the_foreground_around():
     image = volume(1, 1, 8, 8, 9)
     image[..., :4, :] = 0
     image[..., 4] = 0
-    plain, smooth = network()(image), network(sigma_px=1.5)(image)
+    plain, smooth = network()(image), network(smoothing_vox=1.5)(image)
     inside = image[0, 0] > 0
     gaussian = torch.exp(-0.5 * (torch.arange(9.0) / 1.5) ** 2)
     at = torch.tensor([4, 5, 7])
@@ -209,7 +209,7 @@ def test_smoothing_is_the_mean_of_the_foreground_around():
     torch.testing.assert_close(smoothed_within(3 * constant, constant > 0, 2.0), 3 * constant)
 
 
-@pytest.mark.parametrize("wrong", [{"num_seeds": 0}, {"sigma_px": -1.0}])
+@pytest.mark.parametrize("wrong", [{"num_seeds": 0}, {"smoothing_vox": -1.0}])
 def test_numbers_out_of_range(wrong):
     with pytest.raises(SettingError, match=next(iter(wrong))):
         network(**wrong)

@@ -266,15 +266,15 @@ def test_labels_of_sizes():
 
 
 def test_a_variant_of_a_bundle_has_a_row_of_its_own(measured, cohort):
-    smooth = f"{METHOD}:network_def::sigma_px=2,network_def::mirror=true"
+    smooth = f"{METHOD}:network_def::smoothing_vox=2,network_def::mirror=true"
     done = CliRunner().invoke(
         app, ["benchmark", str(cohort), "-o", str(measured), "-m", METHOD, "-m", smooth, "--seed", "3"]
     )
     assert done.exit_code == 0, done.output
     methods = {method["key"]: method for method in read(measured / "benchmark.json")["methods"]}
-    key = f"{METHOD}_network_def_sigma_px=2_network_def_mirror=true"
+    key = f"{METHOD}_network_def_smoothing_vox=2_network_def_mirror=true"
     assert {METHOD, key} <= set(methods)
-    assert methods[key]["items"] == ["network_def::sigma_px=2", "network_def::mirror=true"]
+    assert methods[key]["items"] == ["network_def::smoothing_vox=2", "network_def::mirror=true"]
     assert methods[key]["auprc"]["value"] != methods[METHOD]["auprc"]["value"]
     assert (measured / key / "result.json").is_file()
 
