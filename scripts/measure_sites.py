@@ -2,11 +2,12 @@
 
     python scripts/measure_sites.py COHORT.csv -m KEY -o OUT.json [--maps DIR] [--as-learned]
 
-COHORT has the columns site, split, T1 and lesion, and subjects that are named like `SUBJECT-KIND` where a lesion was put
-in. The healthy subjects of the split `val` give the threshold (and the atlas) of each variant, those of `test` are
+COHORT has the columns site, split, T1 and lesion, and subjects that are named like `SUBJECT-KIND` where a lesion was
+put in. The healthy subjects of the split `val` give the threshold (and the atlas) of each variant, those of `test` are
 measured: the share of a healthy brain above the threshold, the recall of lesion voxels, AUPRC by kind of lesion, all on
 the network's grid. `--as-learned` leaves the standardisation of tissues out. `--maps` keeps the raw maps, so that a
-stopped run goes on; each is a file of tensors.
+stopped run goes on; each is a file of tensors. In place of a bundle KEY may be a free baseline,
+`darkness_minus_atlas`, `brightness_minus_atlas` or `mirrored_minus_atlas`, on the images that `dae` would see.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
@@ -28,6 +28,8 @@ from common.cohorts.table import read_cohort
 from common.detection.method import foreground_of
 from common.detection.normalisation import WithinSubjectNormalisation
 from common.metrics import DetectionMetrics
+from common.metrics.baselines import QUANTITIES, AboveHealthyAtlas
+from common.report.benchmark_table import cell
 from common.results.case import versions
 from common.transforms.load import load_lesion
 from common.weights import load_into, weights_sha256
@@ -35,7 +37,8 @@ from common.workflows.calibrate import threshold_of
 from common.workflows.evaluation import write_result
 
 SHARE = 0.01  # of the healthy brain that may exceed the threshold
-RESAMPLES = 500
+RESAMPLES = 300
+SHIPPED = "1, 2, 3, 4"
 OFF: dict[str, Any] = {"healthy_atlas": False, "contralateral_weight": 0.0, "smoothing_vox": 0.0}
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "raw map": None,
@@ -43,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "1, 2": OFF | {"healthy_atlas": True},
     "1, 2, 3": OFF | {"healthy_atlas": True, "contralateral_weight": 0.5},
     "1, 2, 4": {"contralateral_weight": 0.0},
-    "1, 2, 3, 4": {},
+    SHIPPED: {},
     "1, 2, 3, 4, w = 0.75": {"contralateral_weight": 0.75},
 }
 
@@ -61,32 +64,40 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="only so many test subjects of each site")
     arguments = parser.parse_args()
 
-    volumes = RawMaps(arguments.method, arguments.as_learned, arguments.maps)
+    baseline = arguments.method in QUANTITIES
+    bundle = "dae" if baseline else arguments.method
+    volumes = RawMaps(bundle, arguments.as_learned, arguments.maps, images=baseline)
     items = read_cohort(arguments.cohort, ["T1"])
     healthy = [volumes(item) for item in items if item["split"] == "val" and "lesion" not in item]
-    tested = list(first_subjects([item for item in items if item["split"] == "test"], arguments.first))
+    tested = first_subjects([item for item in items if item["split"] == "test"], arguments.first)
     measured = [(item, volumes(item)) for item in tested]
-    rows = {name: measure(settings, healthy, measured) for name, settings in VARIANTS.items()}
+    if baseline:
+        above = AboveHealthyAtlas(QUANTITIES[arguments.method])
+        above.fit([(volume["map"].float(), volume["brain"]) for volume in healthy])
+        for volume in (*healthy, *(volume for _, volume in measured)):
+            volume["map"] = above(volume["map"].float(), volume["brain"])
+    variants = {SHIPPED: None} if baseline else VARIANTS
+    rows = {name: measure(settings, healthy, measured) for name, settings in variants.items()}
     for name, sites in rows.items():
         for site, row in sites.items():
-            print(
-                name, site, *(f"{key} {value['value']:.3f}" for key, value in row.items() if value["value"] is not None)
-            )
-    about = {"bundle": arguments.method, "standardised": not arguments.as_learned, "calibrated_on": len(healthy)}
-    about |= {"weights_sha256": volumes.weights_sha256, "seed": 0, "versions": versions()}
+            print(name, site, *(f"{key} {cell(value)}" for key, value in row.items()))
+    about = {"key": arguments.method, "standardised": not arguments.as_learned, "calibrated_on": len(healthy)}
+    about |= {"weights_sha256": None if baseline else volumes.weights_sha256, "seed": 0, "versions": versions()}
     write_result(about | {"variants": rows}, arguments.output)
 
 
 class RawMaps:
-    """The map of a subject before it is normalised, from a folder or from the network."""
+    """The map of a subject before it is normalised, from a folder or from the network; or the image that it is of."""
 
-    def __init__(self, method: str, as_learned: bool, folder: Path | None) -> None:
+    def __init__(self, method: str, as_learned: bool, folder: Path | None, images: bool = False) -> None:
         bundle = BUNDLES_DIR / method
         config = ConfigParser(ConfigParser.load_config_file(bundle / "configs" / "inference.json"))
         if as_learned:
             config["preprocessing::tissue_modes"] = None
         self.config, self.weights = config, bundle / "models" / "model.pt"
-        self.folder = None if folder is None else folder / (f"{method}-as-learned" if as_learned else method)
+        self.images = images
+        name = "images" if images else method
+        self.folder = None if folder is None else folder / (f"{name}-as-learned" if as_learned else name)
         self.weights_sha256 = weights_sha256(self.weights)
         self.network: Any = None
 
@@ -103,7 +114,7 @@ class RawMaps:
 
     @torch.no_grad()
     def _detect(self, item: dict[str, Any]) -> Volume:
-        if self.network is None:
+        if self.network is None and not self.images:
             self.network = self.config.get_parsed_content("network_def")
             load_into(self.network, self.weights)
             self.network.eval()
@@ -114,7 +125,7 @@ class RawMaps:
         if "lesion" in item:
             mask = load_lesion(str(item["lesion"]), data["brain"])
             lesion = on_grid(mask, image) & brain
-        anomaly_map = self.network(image.as_tensor()[None])[0, :1]
+        anomaly_map = image.as_tensor() if self.images else self.network(image.as_tensor()[None])[0, :1]
         return {"map": anomaly_map.half(), "brain": brain, "lesion": lesion}
 
 
