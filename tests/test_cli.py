@@ -16,6 +16,7 @@ from common import bundle
 from common.bundle import BUNDLES_DIR, available_bundles
 from common.cli import app
 from common.cohorts.table import SAMPLE_DIR
+from common.metrics.baselines import QUANTITIES
 from common.weights import load_weights, sha256
 
 SAMPLE = SAMPLE_DIR / "mni152_lesions_T1.nii.gz"
@@ -76,7 +77,7 @@ def test_evaluate_writes_the_metrics(cohort, tmp_path):
             assert 0 <= values[metric]["value"] <= 1
         assert (values["n_subjects"], values["n_lesion_subjects"]) == (2, 1)
         assert values["n_lesion_slices"] > 0
-    assert set(result["baselines"]) == {"intensity_dark", "intensity_bright", "mean_healthy_image"}
+    assert set(result["baselines"]) == {"intensity_dark", "intensity_bright", "mean_healthy_image", *QUANTITIES}
     assert result["psnr"]["value"] > 0
     assert result["seed"] == 3
     assert result["weights_sha256"] == sha256(BUNDLES_DIR / "dae" / "models" / "model.pt")
