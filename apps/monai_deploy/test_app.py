@@ -240,7 +240,10 @@ REFUSED = {  # what differs from a good command, and the line
     "no settings": ({"settings": None}, "SettingError: .*my.yaml: no such file of settings"),
     "no YAML": ({"settings": "detection: [strip"}, "SettingError: .*my.yaml: no settings in it .*app.yaml"),
     "misspelt": ({"settings": "detection:\n  stripp: atlas\n"}, "SettingError: .*no stripp; choose from strip,"),
-    "of no use": ({"settings": "detection:\n  strip: magic\n"}, "SettingError: .*choose one of atlas, hd-bet, none"),
+    "of no use": (
+        {"settings": "detection:\n  strip: magic\n"},
+        "SettingError: .*choose one of atlas, deepbet, .*none",
+    ),
     "no rules": ({"settings": "detection:\n  rules: mine.json\n"}, "SettingError: .*mine.json: no such file of rules"),
     "a head": (
         {"settings": "detection:\n  strip: none\n", "folder": "head"},

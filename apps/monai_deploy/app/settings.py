@@ -16,7 +16,7 @@ from common.errors import BundleError, DicomError, OutputError, SettingError
 
 HERE = Path(__file__).parent
 CONFIG = Path(os.environ.get("HOLOSCAN_CONFIG_PATH", HERE / "app.yaml"))
-STRIP = ("atlas", "hd-bet", "none")
+STRIP = ("atlas", "deepbet", "hd-bet", "none")
 WORDS = {"strip": f"set strip: {{}} in {CONFIG.name}"}  # how an error advises a setting here
 
 
