@@ -105,6 +105,7 @@ def test_prepare_and_train(cohort, tmp_path, monkeypatch):
         return whole(name, configs, workflow_type, **override, **(short if workflow_type == "train" else {}))
 
     monkeypatch.setattr(bundle, "load_workflow", shortened)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # MONAI adds the bundle's folder
     for _ in range(2):
         result = CliRunner().invoke(app, ["train", "mad_ad", str(prepared / "cohort.csv"), "-o", str(runs)])
         assert result.exit_code == 0, result.output
