@@ -34,7 +34,7 @@ SMALL = {
     "unet::num_res_blocks": 1,
     "unet::norm_num_groups": 4,
 }
-SMALL_SLICES = {"brats2020": {"preparation::canvas": 64}, "oct2017": {"preparation::size": 64}}
+SMALL_SLICES = {"brats2020": {"preprocessing::canvas": 64}, "oct2017": {"preprocessing::size": 64}}
 
 
 def parsed(config, paper):
