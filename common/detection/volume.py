@@ -26,7 +26,7 @@ class VolumeDetector(Recorded, nn.Module):
 
     Args:
         detector: the method.
-        preparation: named numbers of the preprocessing (spacing, percentile, ...), compared when weights are loaded.
+        preparation: that of the preprocessing: its numbers by name, compared when weights are loaded.
         axis: spatial axis along which slices are taken; 2 is axial for volumes in RAS.
         batch_size: slices at a time; the result does not depend on it.
         seed: with the index of a slice, the only source of randomness.

@@ -59,6 +59,11 @@ class HeadPreprocessing(Recorded, Compose):
         """The arguments; and `register`, whether the network works in MNI152, which every preprocessing says."""
         return super().settings | {"register": False}
 
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """The settings that a network is trained for, and that its weights therefore hold."""
+        return super().settings
+
 
 class HeadCTPreprocessing(HeadPreprocessing):
     """Windowed head CT as MedNIST has it: grey values in [0, 255], air at 25.

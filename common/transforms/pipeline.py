@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from monai.transforms import (
     Compose,
@@ -22,6 +23,8 @@ from .load import LoadImageCheckedd
 from .registration import RegisterToMNId
 from .resample import ResampleForegroundd
 from .tissue import StandardiseTissued
+
+OF_TRAINING = ("spacing_mm", "percentile", "upper", "canvas", "channels", "bias_correction", "tissue_modes")
 
 
 class BrainPreprocessing(Recorded, Compose):
@@ -79,3 +82,8 @@ class BrainPreprocessing(Recorded, Compose):
                 DeleteItemsd("foreground"),
             ]
         )
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """The settings that a network is trained for, and that its weights therefore hold; no defaults."""
+        return {name: value for name, value in self.changed_settings.items() if name in OF_TRAINING}

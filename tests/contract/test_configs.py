@@ -8,6 +8,7 @@ import re
 from pydoc import locate
 
 import pytest
+from monai.bundle import ConfigParser
 from monai.bundle.config_item import ComponentLocator
 
 PACKAGES = ("monai.", "torch.", "common.")
@@ -138,10 +139,21 @@ def with_references(config, name):
     return found
 
 
-@pytest.mark.parametrize("name", ["network_def", "preparation", "preprocessing"])
+@pytest.mark.parametrize("name", ["network_def", "preprocessing"])
 def test_training_and_inference_share(name, configs):
     assert name in configs["inference.json"]
     assert with_references(configs["train.json"], name) == with_references(configs["inference.json"], name)
+
+
+def test_papers_prepare_the_images_in_their_own_way(bundle):
+    for path in (bundle / "configs").glob("paper*.json"):
+        parser = ConfigParser()
+        parser.read_config([path.with_name("train.json"), path])
+        parser["network_def::detector"] = None  # a large one
+        network, preprocessing = map(parser.get_parsed_content, ("network_def", "preprocessing"))
+        numbers = {name: value for name, value in parser["preprocessing"].items() if name != "_target_"}
+        assert preprocessing.preparation == numbers, path.name
+        assert network.preparation_names == sorted(numbers), path.name
 
 
 def test_workflows_name_this_bundle(configs, bundle):

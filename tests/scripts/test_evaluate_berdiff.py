@@ -29,7 +29,7 @@ def small(tmp_path_factory):
     """Options that name configs and random weights of a small network of four channels."""
     folder = tmp_path_factory.mktemp("small")
     override = {
-        "preparation::canvas": 32,
+        "preprocessing::canvas": 32,
         "autoencoder": {
             "_target_": "common.networks.binary_autoencoder.StridedBinaryAutoencoder",
             "channels": [8, 8],

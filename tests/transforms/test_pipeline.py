@@ -12,7 +12,9 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from common.cohorts.table import SAMPLE_DIR
+from common.transforms.head import HeadCTPreprocessing, HeadMRPreprocessing
 from common.transforms.intensity import FOREGROUND_FLOOR
+from common.transforms.oct import OCTPreprocessing
 from common.transforms.pipeline import BrainPreprocessing
 from common.transforms.postprocess import SegmentAnomaliesd, SplitPredictiond
 
@@ -246,3 +248,24 @@ def test_registered_brain_comes_back(tmp_path):
     for key in ("anomaly_map", "reconstruction"):
         values = torch.stack([result[key].as_tensor()[brain], result["input"].as_tensor()[brain]])
         assert torch.corrcoef(values)[0, 1] > 0.95
+
+
+def test_preparation_names_what_a_network_is_trained_for():
+    settings = {"spacing_mm": 2.0, "percentile": 98.0, "upper": 0.8, "canvas": 96}
+    of_a_run = {"strip": "atlas", "register": True, "brain_volume_ml": [50, 2300]}
+    assert BrainPreprocessing(**settings, **of_a_run).preparation == settings
+    assert BrainPreprocessing(**settings, bias_correction=False).preparation == settings
+    more = {"channels": 4, "bias_correction": True, "tissue_modes": [0.3, 0.6, 0.7]}
+    assert BrainPreprocessing(**settings, **more).preparation == settings | more
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "numbers"),
+    [
+        (HeadCTPreprocessing(), {"size": 64, "air": 45}),
+        (HeadMRPreprocessing(128, 98.0, 0.8), {"size": 128, "percentile": 98, "upper": 0.8, "channels": 1}),
+        (OCTPreprocessing(), {"size": 256}),
+    ],
+)
+def test_preparation_of_heads_is_all_their_settings(preprocessing, numbers):
+    assert preprocessing.preparation == numbers

@@ -36,8 +36,8 @@ SMALL = {
     "unet::norm_num_groups": 4,
 }
 SMALL_SLICES = {
-    "brats2020": {"preparation::canvas": 64, "preprocessing::brain_volume_ml": [5, 2300]},
-    "oct2017": {"preparation::size": 64},
+    "brats2020": {"preprocessing::canvas": 64, "preprocessing::brain_volume_ml": [5, 2300]},
+    "oct2017": {"preprocessing::size": 64},
 }
 
 
