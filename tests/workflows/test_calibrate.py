@@ -16,8 +16,7 @@ from common.networks.vq_autoencoder import VQAutoencoder
 from common.transforms.pipeline import BrainPreprocessing
 from common.transforms.postprocess import read_calibration
 from common.weights import load_into, load_weights, save_weights
-from common.workflows.evaluation import Calibrate
-from common.workflows.inference import LoadWeights
+from common.workflows.calibrate import Calibrate
 from common.workflows.slices import SliceDataset
 
 
@@ -49,8 +48,8 @@ def calibrated(volume, path, slices=None):
     brain = MetaTensor(torch.ones(1, 10, 10, 1).bool())
     case = {"anomaly_map": MetaTensor(torch.arange(1.0, 101).view(1, 10, 10, 1))}
     evaluator = Engine(lambda engine, batch: [case])
-    for handler in (LoadWeights(volume, str(path)), Calibrate(volume, str(path), preprocessing(), slices=slices)):
-        handler.attach(evaluator)
+    evaluator.network, evaluator.weights, evaluator.preprocessing = volume, str(path), preprocessing()
+    Calibrate(slices=slices).attach(evaluator)
     evaluator.run([[{"brain": brain}]], max_epochs=1)
     return load_weights(path)
 
