@@ -55,6 +55,7 @@ class Postprocessing(Compose):
                 ScoreVolumed(weights),
             ]
         )
+        self.segmentation = segmentation
 
 
 class NormaliseWithinSubjectd(MapTransform):

@@ -15,12 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from ..detection.fingerprint import of_map
 from ..detection.method import foreground_of, top_mean
 from ..detection.normalisation import HealthyMap
-from ..detection.volume import VolumeDetector
 from ..errors import CohortError
 from ..files import replacing
-from ..recorded import Recorded
 from ..weights import load_weights, save_weights
-from .engines import cases
+from .engines import DetectionEvaluator, cases
 
 BATCH_SIZE = 16  # slices at a time
 RESAMPLES, SEED = 1000, 0  # of the subjects, for the interval of the threshold
@@ -35,40 +33,34 @@ class Calibrate:
     the grid of its scan. Per site (item `site` of the cohort) the share of the healthy brain above the threshold is
     said, each subject compared with the atlas of the others.
 
+    All but this stays in the weights. The settings of network and preprocessing are stored with it, to know a run of
+    other settings by.
+
     Args:
-        network: whose `calibration` and `normalisation` are fitted.
-        weights: its file; all but the calibration in it stays, and but the threshold of the method's own.
-        preprocessing: its settings are stored with those of the network, to know a run of other settings by.
-        output: the file that is written, by default `weights`.
+        output: the file that is written, by default the weights that were read.
         false_positive_share: share of the healthy brain voxels that may exceed the threshold.
         slices: of the same subjects, for a method that has a threshold of its own, which `fit_threshold(batches)` sets
             before the first of them passes.
     """
 
     def __init__(
-        self,
-        network: VolumeDetector,
-        weights: str,
-        preprocessing: Recorded,
-        output: str | None = None,
-        false_positive_share: float = 0.01,
-        slices: Dataset | None = None,
+        self, output: str | None = None, false_positive_share: float = 0.01, slices: Dataset | None = None
     ) -> None:
-        self.network = network
-        self.weights = weights
-        self.preprocessing = preprocessing
-        self.output = Path(output or weights)
+        self.output = output
         self.false_positive_share = false_positive_share
         self.slices = slices
         self.sites: list[str] = []
         self.values: list[np.ndarray] = []
         self.healthy: list[HealthyMap] = []
 
-    def attach(self, engine: Engine) -> None:
-        """Add the handler to an evaluator of healthy subjects that has no postprocessing, after `LoadWeights`."""
-        engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self.finish)
+    def attach(self, evaluator: DetectionEvaluator) -> None:
+        """Add the handler to an evaluator of healthy subjects that has no postprocessing."""
+        self.network = evaluator.network
+        self.weights = evaluator.weights
+        self.preprocessing = evaluator.preprocessing
+        evaluator.add_event_handler(Events.STARTED, self.start)
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self)
+        evaluator.add_event_handler(Events.COMPLETED, self.finish)
 
     def start(self, engine: Engine) -> None:
         """Fit the method's own threshold."""
@@ -109,10 +101,11 @@ class Calibrate:
                 state.update({f"{part}.{name}": value for name, value in module.state_dict().items()})
         if self.slices is not None:
             state["detector.threshold"] = network.detector.threshold
-        save_weights(state, self.output)
-        self._report([float((x > threshold).mean()) for x in values])
+        output = Path(self.output or self.weights)
+        save_weights(state, output)
+        self._report([float((x > threshold).mean()) for x in values], output)
 
-    def _report(self, shares: list[float]) -> None:
+    def _report(self, shares: list[float], output: Path) -> None:
         """Say, and write beside the weights, what the threshold does to the healthy of each site."""
         of_site = defaultdict(list)
         for site, share in zip(self.sites, shares, strict=True):
@@ -123,7 +116,7 @@ class Calibrate:
         }
         low, high = self.network.calibration.threshold_interval.tolist()
         report = {"threshold": float(self.network.calibration.threshold), "interval": [low, high], "sites": sites}
-        with replacing(self.output.with_suffix(".calibration.json")) as temporary:
+        with replacing(output.with_suffix(".calibration.json")) as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print(f"threshold {report['threshold']:.4g}, 95 % interval {low:.4g} to {high:.4g}")
         for site, row in sites.items():

@@ -1,21 +1,85 @@
-"""The evaluator of the bundles: errors keep their type."""
+"""The evaluator of the bundles: it loads the weights, a task takes what comes out, errors keep their type."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
-from ignite.engine import Engine
+import torch
+from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator
+from monai.inferers import Inferer
+from torch.utils.data import DataLoader
 
+from ..detection.volume import VolumeDetector
 from ..errors import UADError
 from ..images.check import root_cause, typed_errors
+from ..recorded import Recorded
+from ..transforms.postprocess import Postprocessing
+from ..weights import load_into
+
+
+class Task(Protocol):
+    """What is done with the cases: write them, measure them, calibrate on them."""
+
+    def attach(self, evaluator: DetectionEvaluator) -> None:
+        """Add handlers to the evaluator, whose network, weights, preprocessing and postprocessing the task may use."""
 
 
 class DetectionEvaluator(SupervisedEvaluator):
-    """`SupervisedEvaluator` that raises a `UADError` as such, without the RuntimeErrors that MONAI wraps around it."""
+    """Takes cases through the network of a bundle and its postprocessing, for a task.
+
+    Raises a `UADError` as such, without the RuntimeErrors that MONAI wraps around it.
+
+    Args:
+        bundle: its key.
+        device: where the network is moved to.
+        val_data_loader: of prepared cases.
+        network: gets its weights, strictly, before the first case; once, however often the evaluator runs.
+        weights: their file.
+        preprocessing: that of the cases, for its settings.
+        task: is attached after the weights are.
+        inferer: how the network is called.
+        postprocessing: of each case; None for a task that takes the prediction itself.
+    """
+
+    network: VolumeDetector
+
+    def __init__(
+        self,
+        bundle: str,
+        device: torch.device,
+        val_data_loader: DataLoader,
+        network: VolumeDetector,
+        weights: str,
+        preprocessing: Recorded,
+        task: Task,
+        inferer: Inferer | None = None,
+        postprocessing: Postprocessing | None = None,
+    ) -> None:
+        super().__init__(
+            device=device,
+            val_data_loader=val_data_loader,
+            network=network.to(device),
+            inferer=inferer,
+            postprocessing=postprocessing,
+        )
+        self.bundle = bundle
+        self.weights = weights
+        self.preprocessing = preprocessing
+        self.postprocessing = postprocessing
+        self._loaded = False
+        self.add_event_handler(Events.STARTED, self._load)
+        task.attach(self)
+
+    def _load(self) -> None:
+        """Raises BundleError."""
+        if not self._loaded:
+            load_into(self.network, self.weights)
+            self.network.eval()
+            self._loaded = True
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Run over the data loader once."""

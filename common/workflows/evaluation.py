@@ -19,18 +19,16 @@ from torch import Tensor
 from ..bundle import bundle_root
 from ..detection.fingerprint import Fingerprint
 from ..detection.method import foreground_of
-from ..detection.volume import VolumeDetector
 from ..files import replacing
 from ..images.check import voxel_volume_ml
 from ..metrics import DetectionMetrics, intensity_threshold
 from ..metrics.baselines import DIRECTIONS, Direction, HealthyBaselines
 from ..metrics.paper_slices import PaperSlices
 from ..outputs import check_result, input_files
-from ..recorded import Recorded
 from ..results.case import versions
 from ..transforms.load import load_lesion
 from ..transforms.postprocess import intensity_unit, intensity_zero, to_input_grid
-from .engines import cases
+from .engines import DetectionEvaluator, cases
 from .inference import said
 from .run_time import RunTime
 
@@ -115,50 +113,40 @@ class Evaluate:
     """Metrics of a method, and of the baselines that cost nothing, on a labelled cohort, written as result.json.
 
     Args:
-        network: for the calibration and its settings.
-        weights: its file, for the digest.
-        bundle: its key.
-        preprocessing: for its settings.
         result: path of the JSON.
         healthy_baselines: fitted on healthy training subjects, or None.
         baselines: whether to measure them.
     """
 
-    def __init__(
-        self,
-        network: VolumeDetector,
-        weights: str,
-        bundle: str,
-        preprocessing: Recorded,
-        result: str,
-        healthy_baselines: HealthyBaselines | None = None,
-        baselines: bool = True,
-    ) -> None:
-        self.network = network
-        self.weights = weights
-        self.bundle = bundle
-        self.preprocessing = preprocessing
+    evaluator: DetectionEvaluator
+    run_time: RunTime
+
+    def __init__(self, result: str, healthy_baselines: HealthyBaselines | None = None, baselines: bool = True) -> None:
         self.result = Path(result)
+        self.healthy_baselines = healthy_baselines
+        self.with_baselines = baselines
         self.threshold = float("nan")
         self.metrics = DetectionMetrics()
         self.protocols = PaperSlices()
-        self.baselines = None
-        if baselines:
-            about = json.loads((Path(bundle_root(bundle)) / "configs" / "metadata.json").read_text(encoding="utf-8"))
-            self.baselines = BaselineMetrics(about["modalities"], healthy_baselines)
-        self.run_time = RunTime(network.axis)
+        self.baselines: BaselineMetrics | None = None
 
-    def attach(self, engine: Engine) -> None:
-        """Add the handler to an evaluator of a labelled cohort."""
-        engine.add_event_handler(Events.STARTED, self.check)
-        self.run_time.attach(engine)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self.finish)
+    def attach(self, evaluator: DetectionEvaluator) -> None:
+        """Add the handler to an evaluator of a labelled cohort, which knows network, weights and settings."""
+        self.evaluator = evaluator
+        self.run_time = RunTime(evaluator.network.axis)
+        if self.with_baselines:
+            about = Path(bundle_root(evaluator.bundle)) / "configs" / "metadata.json"
+            modalities = json.loads(about.read_text(encoding="utf-8"))["modalities"]
+            self.baselines = BaselineMetrics(modalities, self.healthy_baselines)
+        evaluator.add_event_handler(Events.STARTED, self.check)
+        self.run_time.attach(evaluator)
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self)
+        evaluator.add_event_handler(Events.COMPLETED, self.finish)
 
     def check(self, engine: Engine) -> None:
         """Before the first subject: no result is written over an input. Raises OutputError."""
         data = getattr(getattr(engine.state.dataloader, "dataset", None), "data", ())
-        check_result(self.result, [*input_files(data), self.weights], "bundle", "weights_sha256")
+        check_result(self.result, [*input_files(data), self.evaluator.weights], "bundle", "weights_sha256")
 
     def __call__(self, engine: Engine) -> None:
         """Add the subjects of the batch."""
@@ -192,10 +180,11 @@ class Evaluate:
 
     def finish(self, engine: Engine) -> None:
         """Compute, and write the result."""
-        seed, calibration = self.network.seed, self.network.calibration
-        fingerprint = Fingerprint.of(self.network, self.preprocessing, self.weights)
+        network = self.evaluator.network
+        seed, calibration = network.seed, network.calibration
+        fingerprint = Fingerprint.of(network, self.evaluator.preprocessing, self.evaluator.weights)
         result = {
-            "bundle": self.bundle,
+            "bundle": self.evaluator.bundle,
             **self.metrics.compute(seed),
             "protocols": self.protocols.compute(),
             **({} if self.baselines is None else {"baselines": self.baselines.compute(seed)}),

@@ -1,4 +1,4 @@
-"""Handlers of the inference workflow: load the weights, write each case."""
+"""The task of the inference workflow: write each case."""
 
 from __future__ import annotations
 
@@ -18,41 +18,16 @@ from monai.data import MetaTensor
 from ..cohorts.bids import write_description
 from ..detection.fingerprint import Fingerprint, differences
 from ..detection.reliability import UNRELIABLE
-from ..detection.volume import VolumeDetector
-from ..errors import DicomError, OutputError
+from ..errors import DicomError, OutputError, SettingError
 from ..images.check import source_name
 from ..images.dicom import Series, choose_series
 from ..outputs import case_place, check_places
-from ..recorded import Recorded
 from ..results.case import Case, record_path, write_case
 from ..results.dicom import OBJECTS
-from ..weights import digest, load_into
-from .engines import cases
+from ..weights import digest
+from .engines import DetectionEvaluator, cases
 
 INPUTS = ("image", "brain")
-
-
-class LoadWeights:
-    """Load the bundle's weights, strictly, before the first case; once, however often the evaluator runs.
-
-    Raises BundleError.
-    """
-
-    def __init__(self, network: VolumeDetector, path: str) -> None:
-        self.network = network
-        self.path = path
-        self._loaded = False
-
-    def attach(self, engine: Engine) -> None:
-        """Add the handler to an evaluator."""
-        engine.add_event_handler(Events.STARTED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        """Load."""
-        if not self._loaded:
-            load_into(self.network, self.path)
-            self.network.eval()
-            self._loaded = True
 
 
 class SaveDetections:
@@ -62,50 +37,33 @@ class SaveDetections:
 
     Args:
         output_dir: made if it is not there.
-        network: for the calibration and the seed.
-        weights: its file, for its digest.
-        bundle: its key.
-        preprocessing: for its settings.
-        segmentation: `threshold` and `min_volume_ml` of the segmentation, for the record.
         dicom: for cases from DICOM write the segmentation and the map as DICOM objects too.
         force: write these for cases, too, whose result is unreliable.
 
     `verdicts` holds what was found of each case that was written: `reliability` and `doubts`.
     """
 
-    def __init__(
-        self,
-        output_dir: str,
-        network: VolumeDetector,
-        weights: str,
-        bundle: str,
-        preprocessing: Recorded,
-        segmentation: Mapping[str, Any],
-        dicom: bool = False,
-        force: bool = False,
-    ) -> None:
+    evaluator: DetectionEvaluator
+
+    def __init__(self, output_dir: str, dicom: bool = False, force: bool = False) -> None:
         self.output_dir = Path(output_dir)
-        self.network = network
-        self.weights = weights
-        self.bundle = bundle
         self.dicom = dicom
         self.force = force
         self.verdicts: dict[str, dict[str, Any]] = {}
-        self.preprocessing = preprocessing
-        self.segmentation = {name: segmentation[name] for name in ("threshold", "min_volume_ml")}
         self._started = 0.0
 
-    def attach(self, engine: Engine) -> None:
-        """Add the handler to an evaluator."""
-        engine.add_event_handler(Events.STARTED, self._check)
-        engine.add_event_handler(Events.STARTED, lambda _: self.warnings)
-        engine.add_event_handler(Events.GET_BATCH_STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+    def attach(self, evaluator: DetectionEvaluator) -> None:
+        """Add the handler to an evaluator, which knows network, weights and settings, for the record."""
+        self.evaluator = evaluator
+        evaluator.add_event_handler(Events.STARTED, self._check)
+        evaluator.add_event_handler(Events.STARTED, lambda _: self.warnings)
+        evaluator.add_event_handler(Events.GET_BATCH_STARTED, self._start)
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def _check(self, engine: Engine) -> None:
         """No result is written over an input. Raises OutputError."""
         dataset = getattr(engine.state.dataloader, "dataset", None)
-        check_places(self.output_dir, getattr(dataset, "data", ()), self.bundle, [self.weights])
+        check_places(self.output_dir, getattr(dataset, "data", ()), self.evaluator.bundle, [self.evaluator.weights])
 
     def _start(self, engine: Engine) -> None:
         self._started = time.perf_counter()
@@ -113,18 +71,23 @@ class SaveDetections:
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """Of all cases. Raises BundleError where the weights cannot be read."""
-        return Fingerprint.of(self.network, self.preprocessing, self.weights)
+        return Fingerprint.of(self.evaluator.network, self.evaluator.preprocessing, self.evaluator.weights)
 
     @functools.cached_property
     def warnings(self) -> list[str]:
         """What holds for all cases; it is said on stderr too, once. Ask for it when the weights are loaded."""
-        return said(self.fingerprint.calibration_warning(self.network.calibration.settings))
+        return said(self.fingerprint.calibration_warning(self.evaluator.network.calibration.settings))
 
     def _identity(self, inputs: Mapping[str, str], series: object) -> dict[str, Any]:
         """What tells one result from another, by the digests of its inputs."""
         found = self.fingerprint.record()
         found["settings"] = found["settings"] | ({"series": series} if series else {})
-        return {"bundle": self.bundle, "input_sha256": inputs, **found, **self.segmentation}
+        return {"bundle": self.evaluator.bundle, "input_sha256": inputs, **found, **self._segmentation()}
+
+    def _segmentation(self) -> dict[str, Any]:
+        if self.evaluator.postprocessing is None:
+            raise SettingError("SaveDetections", "the evaluator has no postprocessing", "give it one")
+        return {name: self.evaluator.postprocessing.segmentation[name] for name in ("threshold", "min_volume_ml")}
 
     def finished(self, item: Mapping[str, Any]) -> dict[str, Any] | None:
         """The record of the case of an item of a datalist, if all that is wanted of it has been written.
@@ -177,7 +140,7 @@ class SaveDetections:
             folder, entities = case_place(self.output_dir, batch)
             try:
                 if entities is not None:
-                    write_description(self.output_dir, self.bundle)
+                    write_description(self.output_dir, self.evaluator.bundle)
                 failure = write_case(folder, entities, case, result, run)
             except OSError as error:
                 fact = f"cannot be written ({error.strerror or error})"

@@ -25,7 +25,6 @@ from common.transforms.pipeline import BrainPreprocessing
 from common.transforms.postprocess import read_calibration
 from common.weights import load_into, load_weights, save_weights
 from common.workflows.calibrate import Calibrate, threshold_interval, threshold_of
-from common.workflows.inference import LoadWeights
 from common.workflows.slices import SliceDataset
 
 SHAPE = (24, 28, 20)
@@ -89,8 +88,9 @@ def calibrate(volume, path, subjects, **settings):
     """Run the handlers as `calibrate.json` does; return the weights that are written."""
     outputs = [output for _, output in subjects]
     evaluator = Engine(lambda engine, batch: [outputs[engine.state.iteration - 1]])
-    for handler in (LoadWeights(volume, str(path)), Calibrate(volume, str(path), preprocessing(), **settings)):
-        handler.attach(evaluator)
+    load_into(volume, path)
+    evaluator.network, evaluator.weights, evaluator.preprocessing = volume, str(path), preprocessing()
+    Calibrate(**settings).attach(evaluator)
     evaluator.run([[item] for item, _ in subjects], max_epochs=1)
     return load_weights(settings.get("output", path))
 
