@@ -57,7 +57,7 @@ def test_no_network_and_no_name(phantom, save_nifti, tmp_path):
 def test_dicom_tells_no_name_but_to_dicom(write_series, tmp_path):
     """A Segmentation and a map that a PACS shall file need the patient; they lie where the scan does."""
     series = write_series(tmp_path / "series", plane="sagittal", slope=1, intercept=0)
-    said = detect_offline(series.folder, "-m", "dae", "-o", tmp_path / "out", "--format", "dicom-seg")
+    said = detect_offline(series.folder, "-m", "dae", "-o", tmp_path / "out", "--format", "dicom-seg", "--force")
     written = contents(tmp_path / "out")
     assert set(written) >= {"segmentation.dcm", "anomaly_map.dcm", "segmentation.nii.gz", "run.json", "status.tsv"}
     named = {name for name, content in written.items() if b"PLANTED" in content}

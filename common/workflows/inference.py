@@ -113,6 +113,11 @@ class SaveDetections:
     def _wants_dicom(self, result: Mapping[str, Any]) -> bool:
         return self.dicom and (self.force or result.get("reliability") != UNRELIABLE)
 
+    def _withheld(self, subject: str, result: Mapping[str, Any]) -> str | None:
+        if not self.dicom or self._wants_dicom(result):
+            return None
+        return f"{subject}: no DICOM objects are written of an unreliable result, unless they are forced"
+
     def __call__(self, engine: Engine) -> None:
         """Write the cases of the batch. Raises OutputError, and after the rest DicomError for DICOM objects."""
         for batch, output in cases(engine):
@@ -131,7 +136,7 @@ class SaveDetections:
             run = {
                 **self._identity(inputs, batch.get("series")),
                 "fingerprint": self.fingerprint.digest,
-                "warnings": self.warnings,
+                "warnings": [*self.warnings, *said(self._withheld(case.subject, result))],
                 "image": str(Path(source_name(batch["input"])).absolute()),  # for the report, which shows the scan
                 "brain_mask": batch["brain_source"],
                 "device": str(engine.state.device),  # type: ignore[attr-defined]

@@ -98,6 +98,5 @@ def test_classes_of_this_project_record_their_settings(inference):
 
 
 def test_calibration_is_of_the_shipped_settings(network, inference):
-    settings = network.calibration.settings
-    if settings is not None:
-        assert differences(settings, of_map(network, inference.get_parsed_content("preprocessing")), "default") == []
+    shipped = of_map(network, inference.get_parsed_content("preprocessing"))
+    assert differences(network.calibration.settings, shipped, "default") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 from common.detection.calibration import N_QUANTILES, Calibration
@@ -32,6 +33,20 @@ def test_calibrated_on_enough_subjects(network):
     assert len(calibration.score_quantiles) == N_QUANTILES
     assert (calibration.score_quantiles.diff() >= 0).all()
     assert float(calibration.score_quantiles[-1]) > 0
+    if len(calibration.threshold_interval):
+        low, high = calibration.threshold_interval.tolist()
+        assert low <= float(calibration.threshold) <= high
+
+
+def test_normalisation_is_fitted(network):
+    normalisation = network.normalisation
+    if normalisation is None:
+        pytest.skip("the map of this bundle is not normalised")
+    assert normalisation.is_fitted
+    assert (normalisation.scale_quantiles.diff() >= 0).all()
+    assert float(normalisation.scale_quantiles[0]) > 0
+    assert normalisation.atlas.isfinite().all()
+    assert normalisation.atlas.any() == normalisation.healthy_atlas
 
 
 @torch.no_grad()

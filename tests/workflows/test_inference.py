@@ -115,8 +115,11 @@ def test_objects_that_are_missing_are_wanted_of_a_reliable_result_or_by_force(sa
     assert saver(dicom=True).finished(item(scan)) is not None
 
 
-def test_objects_of_an_unreliable_result_are_wanted_by_force_alone(saver, scan):
+def test_objects_of_an_unreliable_result_are_wanted_by_force_alone(saver, scan, capsys):
     run(saver(dicom=True), scan, DOUBT)  # of a NIfTI file there can be none
+    withheld = "scan: no DICOM objects are written of an unreliable result, unless they are forced"
+    assert withheld in record_of(saver())["warnings"]
+    assert f"Warning: {withheld}\n" in capsys.readouterr().err
     assert saver(dicom=True).finished(item(scan)) is not None
     assert saver(dicom=True, force=True).finished(item(scan)) is None
 
@@ -127,4 +130,5 @@ def test_objects_that_cannot_be_made_are_said_and_the_rest_is_written(doubts, fo
     with pytest.raises(DicomError, match="no DICOM series"):
         run(handler, scan, doubts)
     assert handler.verdicts == {"scan": verdict(doubts)}
+    assert not any("unless they are forced" in warning for warning in record_of(handler)["warnings"])
     assert any("no DICOM series" in warning for warning in record_of(handler)["warnings"])
