@@ -249,9 +249,10 @@ def test_what_cannot_be_referred_to_is_refused(change, fact, write_series, phant
     assert not (tmp_path / "out").exists()
 
 
-def detect(source, out):
+def detect(source, out, *options):
     """`uad detect` with DICOM results: the exit code, the status line, the files and the record of the case."""
-    done = CliRunner().invoke(app, ["detect", str(source), "-m", "dae", "-o", str(out), "--format", "dicom-seg"])
+    arguments = ["detect", str(source), "-m", "dae", "-o", str(out), "--format", "dicom-seg", *options]
+    done = CliRunner().invoke(app, arguments)
     with (out / "status.tsv").open(newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file, delimiter="\t")
     folder = out / row["case"]
@@ -263,7 +264,7 @@ def test_objects_that_cannot_be_written_discard_nothing_else(write_series, tmp_p
     series = write_series(tmp_path / "in", slope=1.0, intercept=0.0)
     series.edit(garbled_date)
     for _ in range(2):  # what was not written is not "finished before" either
-        code, row, files, record = detect(series.folder, tmp_path / "out")
+        code, row, files, record = detect(series.folder, tmp_path / "out", "--force")
         assert code == 3
         assert row["status"] == "DicomError"
         assert "does not allow DICOM results" in row["message"]
@@ -278,8 +279,20 @@ def test_objects_that_cannot_be_written_discard_nothing_else(write_series, tmp_p
 def test_nifti_input_has_its_results_without_the_objects(save_nifti, phantom, tmp_path):
     shape, affine = phantom.grid(spacing_mm=(4, 4, 4))
     scan = save_nifti(tmp_path / "scan.nii.gz", phantom.on_grid(shape, affine)[0], affine)
-    code, row, files, record = detect(scan, tmp_path / "out")
+    code, row, files, record = detect(scan, tmp_path / "out", "--force")
     assert (code, row["status"]) == (3, "DicomError")
     assert "no DICOM series, which DICOM results would refer to; use --format nifti" in row["message"]
     assert {"anomaly_map.nii.gz", "run.json"} < files
     assert record["warnings"][-1] == row["message"]
+
+
+def test_objects_of_an_unreliable_result_are_written_by_force_only(write_series, tmp_path):
+    """The phantom is no T1 brain, and its slices are thick."""
+    series = write_series(tmp_path / "in")
+    code, row, files, record = detect(series.folder, tmp_path / "out")
+    assert (code, row["status"], record["reliability"]) == (0, "unreliable", "unreliable")
+    assert "slices of 4.0 mm" in row["message"]
+    assert "run.json" in files and not [name for name in files if name.endswith(".dcm")]
+    code, row, files, record = detect(series.folder, tmp_path / "out", "--force")
+    assert (code, row["status"]) == (0, "unreliable")
+    assert {"segmentation.dcm", "anomaly_map.dcm"} < files
