@@ -16,6 +16,7 @@ from monai.data import MetaTensor
 from scipy import ndimage
 
 from .. import __version__
+from ..detection.calibration import origin_in_words
 from ..errors import DicomError
 from ..files import partial_folder
 from ..images.check import voxel_volume_ml
@@ -101,7 +102,8 @@ def write_files(folder: Path, case: Case, result: Mapping[str, Any], run: Mappin
             save_dicom(case, case.find_series(), folder, *maker)
         except DicomError as error:
             failure = error
-    save_preview(case, result["threshold"], folder / "preview.png", result["doubts"], str(run["bundle"]))
+    title = f"{run['bundle']}: threshold {result['threshold']:.3g}, {origin_in_words(result['threshold_origin'])}"
+    save_preview(case, result["threshold"], folder / "preview.png", result["doubts"], title)
     found = describe(result, lesions)
     warnings = [*run.get("warnings", []), *found["warnings"], *([str(failure)] if failure else [])]
     record = {"subject": case.subject, **run, **found, "warnings": warnings}
