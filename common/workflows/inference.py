@@ -150,6 +150,17 @@ class SaveDetections:
     def _wants_dicom(self, result: Mapping[str, Any]) -> bool:
         return self.dicom and (self.force or result.get("reliability") != UNRELIABLE)
 
+    def run_record(self, batch: Mapping[str, Any], device: object) -> dict[str, Any]:
+        """What a record says of the run of a case: all that its result depends on."""
+        inputs = {key: batch[f"{key}_sha256"] for key in INPUTS if f"{key}_sha256" in batch}
+        return {
+            **self._identity(inputs, batch.get("series")),
+            "fingerprint": self.fingerprint.digest,
+            "warnings": self.warnings,
+            "brain_mask": batch["brain_source"],
+            "device": str(device),
+        }
+
     def __call__(self, engine: Engine) -> None:
         """Write the cases of the batch. Raises OutputError, and after the rest DicomError for DICOM objects."""
         for batch, output in cases(engine):
@@ -164,14 +175,9 @@ class SaveDetections:
                 to_mni=np.asarray(batch["to_mni"]) if "to_mni" in batch else None,
                 find_series=partial(source_series, batch["input"]) if self._wants_dicom(result) else None,
             )
-            inputs = {key: batch[f"{key}_sha256"] for key in INPUTS if f"{key}_sha256" in batch}
             run = {
-                **self._identity(inputs, batch.get("series")),
-                "fingerprint": self.fingerprint.digest,
-                "warnings": self.warnings,
+                **self.run_record(batch, engine.state.device),  # type: ignore[attr-defined]
                 "image": str(Path(source_name(batch["input"])).absolute()),  # for the report, which shows the scan
-                "brain_mask": batch["brain_source"],
-                "device": str(engine.state.device),  # type: ignore[attr-defined]
                 "seconds": round(time.perf_counter() - self._started, 3),
             }
             folder, entities = case_place(self.output_dir, batch)
