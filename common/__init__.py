@@ -1,3 +1,23 @@
-"""Unsupervised anomaly detection as MONAI bundles: the code that all bundles share."""
+"""Unsupervised anomaly detection as MONAI bundles: the code that all bundles share.
+
+From Python: `detect(image, "dae")`, or `load_detector("dae")`, which is loaded once and called with many scans.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import Detection, Detector, detect, load_detector
 
 __version__ = "0.1.0"
+__all__ = ["Detection", "Detector", "detect", "load_detector"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported at first use: `import common` alone costs nothing."""
+    if name in __all__:
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

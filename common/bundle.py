@@ -114,11 +114,17 @@ def check_items(parser: ConfigParser, items: Iterable[str]) -> None:
 
 def checked_items(name: str, texts: Iterable[str]) -> dict[str, Any]:
     """`parse_items` for the inference of a bundle. Raises SettingError or BundleError."""
+    items = parse_items(texts)
+    check_inference_items(name, items)
+    return items
+
+
+def check_inference_items(name: str, items: Iterable[str]) -> None:
+    """`check_items` for the inference of a bundle. Raises SettingError or BundleError."""
     metadata(name)
-    items, parser = parse_items(texts), ConfigParser()
+    parser = ConfigParser()
     parser.read_config(str(BUNDLES_DIR / name / "configs" / "inference.json"))
     check_items(parser, items)
-    return items
 
 
 def run_inference(name: str, configs: list[str], **override: Any) -> None:

@@ -32,7 +32,7 @@ from .cohorts.kinds import KINDS
 from .cohorts.table import cohort_files
 from .errors import UADError, settings_said_as
 from .images.check import typed_errors
-from .outputs import check_result
+from .outputs import check_result, input_files
 from .report.html import write_report
 from .sharing.archive import import_bundle
 from .sharing.export import export_bundle, export_onnx, export_torchscript
@@ -40,6 +40,7 @@ from .transforms.strip import Strip
 from .weights import sha256
 from .workflows.batch import check_detection, detect_cases
 from .workflows.benchmark import run_benchmark
+from .workflows.calibrate import check_calibrated, healthy_cases
 from .workflows.prepare import prepare_cohort
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -107,6 +108,8 @@ StripHow = Annotated[
 Register = Annotated[
     bool | None, typer.Option("--register/--no-register", help="Work in MNI152 space. Default: what the bundle wants.")
 ]
+Series = Annotated[str | None, typer.Option(help="UID or description of the DICOM series to take.")]
+Participants = Annotated[list[str] | None, typer.Option(help="Of a BIDS dataset; may be repeated.")]
 Items = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="ITEM=VALUE", help="Of the bundle's inference.json, such as L=300; may be repeated."),
@@ -147,8 +150,8 @@ def detect(
     brain_mask: Annotated[Path | None, typer.Option(help="Mask of the brain, on the grid of the image.")] = None,
     strip: StripHow = None,
     register: Register = None,
-    series: Annotated[str | None, typer.Option(help="UID or description of the DICOM series to take.")] = None,
-    participant_label: Annotated[list[str] | None, typer.Option(help="Of a BIDS dataset; may be repeated.")] = None,
+    series: Series = None,
+    participant_label: Participants = None,
     seed: Seed = 0,
     device: Device = "auto",
     batch_size: BatchSize = 16,
@@ -212,6 +215,34 @@ def train(
     with _one_line_errors():
         weights = run_training(method, cohort, output)
     print(f"{weights}: trained and calibrated; use it with --weights")
+
+
+@app.command()
+def calibrate(
+    healthy: Annotated[list[Path], typer.Argument(help="Scans as of detect; of a cohort CSV the healthy ones count.")],
+    method: Method,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The calibrated weights, for --weights.")],
+    strip: StripHow = None,
+    register: Register = None,
+    series: Series = None,
+    participant_label: Participants = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    weights: Weights = None,
+    items: Items = None,
+) -> None:
+    """Fit the threshold of a method to your scanner, on the scans of healthy subjects: from 4, better 12 or more."""
+    with _one_line_errors():
+        cases = find_cases(healthy, metadata(method)["modalities"], None, series, participant_label or ())
+        chosen, said = healthy_cases(cases)
+        others = [path for path in (*healthy, weights) if path and path.is_file()]
+        check_calibrated(output, [*input_files(cases), *others, BUNDLES_DIR])
+        override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
+        # a tuple: MONAI looks into lists, and would evaluate text that begins with "$"
+        override |= {"dataset::data": tuple(chosen), "task::output": str(output.absolute())}
+        print(f"calibrating on {said}")
+        run_inference(method, ["inference.json", "calibrate.json"], **override)
+    print(f"{output}: use it with --weights")
 
 
 @app.command()

@@ -109,3 +109,17 @@ class Calibration(nn.Module):
             "volume_score_percentile": self.percentile(score) if self.is_fitted and score > 0 else None,
             "abnormal_share": float((anomaly_map > threshold).sum()) / float(brain.sum()),
         }
+
+
+def origin_in_words(origin: Mapping[str, Any]) -> str:
+    """What `Calibration.origin` found, for people; of records of earlier versions as much as they say."""
+    if origin.get("kind") != "calibrated":
+        return {"given": "given by the user"}.get(origin.get("kind", ""), "of unknown origin")
+    words = "calibrated"
+    if "subjects" in origin:
+        words += f" on {origin['subjects']} healthy subjects"
+    if "false_positive_share" in origin:
+        words += f", {100 * origin['false_positive_share']:g} % of whose brains lies above it"
+    if "interval" in origin:
+        words += ", 95 % interval {:.3g} to {:.3g}".format(*origin["interval"])
+    return words

@@ -109,6 +109,10 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         """Whether `fit` was called, or fitted weights were loaded."""
         return bool(self.scale_quantiles.isfinite().all())
 
+    def keeps_atlas(self, subjects: int) -> bool:
+        """Whether `fit` on so many keeps the atlas that was fitted before."""
+        return self.healthy_atlas and self.is_fitted and subjects < ATLAS_SUBJECTS
+
     def fit(self, subjects: Sequence[HealthyMap]) -> list[np.ndarray]:
         """Fit the atlas and the scales; return the normalised values (n,) of each subject's brain.
 
@@ -116,7 +120,7 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         brain would look more healthy than the next patient's. An atlas that was fitted before is kept where there are
         fewer than `ATLAS_SUBJECTS`, which say less about a place than they say about the scatter.
         """
-        keep = self.is_fitted and len(subjects) < ATLAS_SUBJECTS
+        keep = self.keeps_atlas(len(subjects))
         total = torch.stack([subject.total for subject in subjects]).sum(dim=0)
         count = torch.stack([subject.count for subject in subjects]).sum(dim=0)
         levels = torch.linspace(0, 1, SCALE_QUANTILES, dtype=torch.float64)

@@ -46,10 +46,23 @@ def read_itk(path: str | Path) -> MetaTensor:
     except RuntimeError as error:
         form = READERS[suffix].removesuffix("ImageIO")
         raise ImageFileError(path, f"not a whole {form} image", "copy it again, with the file of its voxels") from error
+    return from_itk(image, path)
+
+
+def from_itk(image: Any, source: str | Path) -> MetaTensor:
+    """A SimpleITK image as (1, H, W, D) float32 with its affine in RAS mm.
+
+    Raises ImageIntensityError (complex voxels) or ImageShapeError (not 3D, several channels).
+    """
+    if "complex" in image.GetPixelIDTypeAsString():
+        raise ImageIntensityError(source, "complex voxels", "convert it to one real number per voxel")
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        fact = f"{image.GetDimension()} dimensions, {image.GetNumberOfComponentsPerPixel()} channels"
+        raise ImageShapeError(source, fact, "give one 3D volume")
     lps = np.eye(4)
     lps[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     lps[:3, 3] = image.GetOrigin()
-    return to_tensor(sitk.GetArrayFromImage(image).T, lps, path)
+    return to_tensor(sitk.GetArrayFromImage(image).T, lps, source)
 
 
 def check_header(path: Path, reader: Any) -> None:

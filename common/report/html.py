@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
+from ..detection.calibration import origin_in_words
 from ..errors import OutputError, ResultError
 from ..files import replacing
 from ..outputs import GENERATOR, REPORT, check_file
@@ -76,6 +77,7 @@ def case_content(files: CaseFiles, scan: Path | None = None) -> dict[str, Any]:
     return {
         "title": files.name,
         "run": run,
+        "threshold_origin": origin_in_words(run.get("threshold_origin") or {}),
         "lesions": lesions[:MAX_LESIONS],
         "more_lesions": len(lesions) - MAX_LESIONS,
         "is_registered": any(lesion["mni_mm"] for lesion in lesions),

@@ -16,6 +16,7 @@ from monai.data import MetaTensor
 from scipy import ndimage
 
 from .. import __version__
+from ..detection.calibration import origin_in_words
 from ..errors import DicomError
 from ..files import partial_folder
 from ..images.check import voxel_volume_ml
@@ -101,20 +102,25 @@ def write_files(folder: Path, case: Case, result: Mapping[str, Any], run: Mappin
             save_dicom(case, case.find_series(), folder, *maker)
         except DicomError as error:
             failure = error
-    save_preview(case, result["threshold"], folder / "preview.png", result["doubts"], str(run["bundle"]))
-    found = describe(result, lesions)
-    warnings = [*run.get("warnings", []), *found["warnings"], *([str(failure)] if failure else [])]
-    record = {"subject": case.subject, **run, **found, "warnings": warnings}
+    title = f"{run['bundle']}: threshold {result['threshold']:.3g}, {origin_in_words(result['threshold_origin'])}"
+    save_preview(case, result["threshold"], folder / "preview.png", result["doubts"], title)
+    record = case_record(case.subject, result, run, lesions)
+    record["warnings"] += [str(failure)] if failure else []
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return failure
 
 
-def save_nifti(volume: MetaTensor, affine: np.ndarray, path: Path) -> None:
-    """Write (C, H, W, D), of one channel as 3D, with a fresh header: nothing of the patient is copied."""
+def as_nifti(volume: MetaTensor, affine: np.ndarray) -> nib.Nifti1Image:
+    """(C, H, W, D), of one channel as 3D, with a fresh header: nothing of the patient is copied."""
     values = volume.as_tensor().cpu().numpy()
     nifti = nib.Nifti1Image(values[0] if len(values) == 1 else np.moveaxis(values, 0, -1), affine)
     nifti.header.set_xyzt_units("mm")
-    nib.save(nifti, path)
+    return nifti
+
+
+def save_nifti(volume: MetaTensor, affine: np.ndarray, path: Path) -> None:
+    """Write `as_nifti`."""
+    nib.save(as_nifti(volume, affine), path)
 
 
 def find_lesions(case: Case) -> list[dict[str, float]]:
@@ -147,7 +153,20 @@ def save_lesions(lesions: list[dict[str, float]], path: Path) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({"lesion": number, **lesion} for number, lesion in enumerate(lesions, 1))
+        writer.writerows(numbered(lesions))
+
+
+def numbered(lesions: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The rows of lesions.csv."""
+    return [{"lesion": number, **lesion} for number, lesion in enumerate(lesions, 1)]
+
+
+def case_record(
+    subject: str, result: Mapping[str, Any], run: Mapping[str, Any], lesions: list[dict[str, float]]
+) -> dict[str, Any]:
+    """What run.json says of a case: the run, what was found (`describe`), and the warnings of both."""
+    found = describe(result, lesions)
+    return {"subject": subject, **run, **found, "warnings": [*run.get("warnings", []), *found["warnings"]]}
 
 
 def describe(result: Mapping[str, Any], lesions: list[dict[str, float]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import gzip
 import zlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -84,8 +84,7 @@ def load_image(path: str | Path, series: str | None = None) -> MetaTensor:
 def read_nifti(path: Path) -> MetaTensor:
     """(C, H, W, D) float32 of a NIfTI or MGH file with the affine that the header says. Raises UADError."""
     try:
-        image = open_image(path)
-        values = np.asanyarray(image.dataobj).astype(np.float32)
+        return from_nibabel(open_image(path), path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ImageFileError(path, "the compressed file is truncated or damaged", "copy it again") from error
     except (NibabelImageFileError, HeaderDataError, WrapStructError, MGHError) as error:
@@ -93,8 +92,13 @@ def read_nifti(path: Path) -> MetaTensor:
     except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageFileError(path, f"cannot be read ({cause})", "check how the file was written") from error
+
+
+def from_nibabel(image: SpatialImage, source: str | Path) -> MetaTensor:
+    """(C, H, W, D) float32 of an image whose header was checked, with the affine that it says."""
+    values = np.asanyarray(image.dataobj).astype(np.float32)
     channels = np.moveaxis(values, -1, 0) if values.ndim > 3 else values[None]
-    meta = {"filename_or_obj": str(path), "space": SpaceKeys.RAS}
+    meta = {"filename_or_obj": str(source), "space": SpaceKeys.RAS}
     affine = torch.as_tensor(np.asarray(image.affine, dtype=float))
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(channels)), affine=affine, meta=meta)
 
@@ -110,7 +114,23 @@ def open_image(path: Path) -> SpatialImage:
     Other formats that nibabel reads do not say where left and right are, or say it in ways that are not checked here.
     """
     size = uncompressed_size(path)
-    image = nib.load(path)
+    image = cast(SpatialImage, nib.load(path))
+    check_voxels(path, image)
+    voxels = Path(image.file_map["image"].filename or path)  # another file where header and voxels are apart
+    if not voxels.exists():
+        raise ImageFileError(path, f"the file of its voxels, {voxels.name}, is not there", "copy both files")
+    itemsize = image.get_data_dtype().itemsize
+    check_size(path, image.shape, itemsize, size if voxels == path else uncompressed_size(voxels))
+    if isinstance(image, nib.Nifti1Pair):
+        check_placement(path, image.header)
+    elif not has_placement(path):
+        fact = "its header does not say where left and right are (goodRASflag is 0)"
+        raise ImageGeometryError(path, fact, "write it again with the orientation of the scan")
+    return image
+
+
+def check_voxels(path: Path, image: SpatialImage) -> None:
+    """NIfTI or MGH, with a real number in each voxel. Raises UADError."""
     if not isinstance(image, (nib.Nifti1Pair, nib.MGHImage)):
         if isinstance(image, nib.AnalyzeImage):
             fact = "an Analyze image, which does not say where left and right are"
@@ -119,16 +139,6 @@ def open_image(path: Path) -> SpatialImage:
     dtype = image.get_data_dtype()
     if dtype.fields is not None or dtype.kind == "c":
         raise ImageIntensityError(path, "colour or complex voxels", "convert it to one real number per voxel")
-    voxels = Path(image.file_map["image"].filename or path)  # another file where header and voxels are apart
-    if not voxels.exists():
-        raise ImageFileError(path, f"the file of its voxels, {voxels.name}, is not there", "copy both files")
-    check_size(path, image.shape, dtype.itemsize, size if voxels == path else uncompressed_size(voxels))
-    if isinstance(image, nib.Nifti1Pair):
-        check_placement(path, image.header)
-    elif not has_placement(path):
-        fact = "its header does not say where left and right are (goodRASflag is 0)"
-        raise ImageGeometryError(path, fact, "write it again with the orientation of the scan")
-    return image
 
 
 def uncompressed_size(path: Path) -> int:

@@ -118,6 +118,17 @@ class SaveDetections:
             return None
         return f"{subject}: no DICOM objects are written of an unreliable result, unless they are forced"
 
+    def run_record(self, batch: Mapping[str, Any], device: object) -> dict[str, Any]:
+        """What a record says of the run of a case: all that its result depends on."""
+        inputs = {key: batch[f"{key}_sha256"] for key in INPUTS if f"{key}_sha256" in batch}
+        return {
+            **self._identity(inputs, batch.get("series")),
+            "fingerprint": self.fingerprint.digest,
+            "warnings": self.warnings,
+            "brain_mask": batch["brain_source"],
+            "device": str(device),
+        }
+
     def __call__(self, engine: Engine) -> None:
         """Write the cases of the batch. Raises OutputError, and after the rest DicomError for DICOM objects."""
         for batch, output in cases(engine):
@@ -132,14 +143,10 @@ class SaveDetections:
                 to_mni=np.asarray(batch["to_mni"]) if "to_mni" in batch else None,
                 find_series=partial(source_series, batch["input"]) if self._wants_dicom(result) else None,
             )
-            inputs = {key: batch[f"{key}_sha256"] for key in INPUTS if f"{key}_sha256" in batch}
             run = {
-                **self._identity(inputs, batch.get("series")),
-                "fingerprint": self.fingerprint.digest,
-                "warnings": [*self.warnings, *said(self._withheld(case.subject, result))],
+                **(about := self.run_record(batch, engine.state.device)),  # type: ignore[attr-defined]
+                "warnings": [*about["warnings"], *said(self._withheld(case.subject, result))],
                 "image": str(Path(source_name(batch["input"])).absolute()),  # for the report, which shows the scan
-                "brain_mask": batch["brain_source"],
-                "device": str(engine.state.device),  # type: ignore[attr-defined]
                 "seconds": round(time.perf_counter() - self._started, 3),
             }
             folder, entities = case_place(self.output_dir, batch)

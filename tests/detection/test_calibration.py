@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from common.detection.calibration import Calibration
+from common.detection.calibration import Calibration, origin_in_words
 
 
 def fitted(scores):
@@ -110,3 +110,19 @@ def test_empty_map_has_no_percentile():
     brain = torch.ones(1, 4, 4, 4, dtype=torch.bool)
     assert calibration.describe(torch.zeros(1, 4, 4, 4), brain, 0.5)["volume_score_percentile"] is None
     assert calibration.describe(torch.full((1, 4, 4, 4), 0.01), brain, 0.5)["volume_score_percentile"] == 0
+
+
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        (
+            {"kind": "calibrated", "false_positive_share": 0.01, "subjects": 4, "interval": [1.988, 2.757]},
+            "calibrated on 4 healthy subjects, 1 % of whose brains lies above it, 95 % interval 1.99 to 2.76",
+        ),
+        ({"kind": "calibrated"}, "calibrated"),
+        ({"kind": "given"}, "given by the user"),
+        ({}, "of unknown origin"),
+    ],
+)
+def test_origin_in_words(origin, words):
+    assert origin_in_words(origin) == words

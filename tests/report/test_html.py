@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from common.cli import app
+from common.detection.calibration import origin_in_words
 from common.errors import ResultError, UADError
 from common.report import viewer
 from common.report.html import write_report
@@ -92,7 +93,9 @@ def test_case_says_what_was_found(case_page):
     for text in ("scan", "dae", "ab" * 32, run["input_sha256"]["image"], f"torch {run['versions']['torch']}"):
         assert text in page.text
     assert "not a medical device" in page.text
-    assert f"threshold {run['threshold']:.3g}, calibrated" in page.text
+    words = origin_in_words(run["threshold_origin"])
+    assert words.startswith("calibrated on ")
+    assert f"threshold {run['threshold']:.3g}, {words}" in page.text
     assert f"above {run['volume_score_percentile']:.0f} % of the healthy" in page.text
     x, y, z = (lesion[axis] for axis in ("x_mm", "y_mm", "z_mm"))
     row = page.cells[0]
