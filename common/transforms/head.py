@@ -20,6 +20,8 @@ from .brain import given_mask
 from .intensity import FOREGROUND_FLOOR, ScaleIntensityByForegroundd
 from .load import LoadImageCheckedd
 
+BONE = 240  # grey value from which it is bone in a CT windowed as that of MedNIST
+
 
 class HeadPreprocessing(Recorded, Compose):
     """Load, check, find the head, RAS, resize the axial slices, scale.
@@ -67,6 +69,8 @@ class HeadPreprocessing(Recorded, Compose):
 
 class HeadCTPreprocessing(HeadPreprocessing):
     """Windowed head CT as MedNIST has it: grey values in [0, 255], air at 25.
+
+    Adds `air_level` and `bone_share`, see `HeadCTMaskd`.
 
     Args:
         size: H and W of the slices.
@@ -136,7 +140,10 @@ class HeadMaskd(MapTransform):
 
 
 class HeadCTMaskd(HeadMaskd):
-    """The head in a CT that is windowed to 0 ... 255.
+    """The head in a CT that is windowed to 0 ... 255, and what tells that it is one.
+
+    Added: `air_level`, the grey value of air (NaN where there is none), and `bone_share`, what of all that is not air
+    is as bright as bone.
 
     Args:
         air: highest grey value of air.
@@ -147,6 +154,14 @@ class HeadCTMaskd(HeadMaskd):
     def __init__(self, keys: KeysCollection, mask_key: str, air: float) -> None:
         super().__init__(keys, mask_key)
         self.air = air
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return the data with the mask, `air_level` and `bone_share`. Raises as `HeadMaskd`."""
+        result = super().__call__(data)
+        values = data[self.keys[0]].as_tensor().cpu().numpy()
+        air, rest = values[values <= self.air], values[values > self.air]
+        air_level = float(np.median(air)) if air.size else np.nan
+        return result | {"air_level": air_level, "bone_share": float((rest >= BONE).mean()) if rest.size else np.nan}
 
     def brightness(self, image: MetaTensor) -> tuple[np.ndarray, float]:
         """Grey values. Raises ImageIntensityError for what is not windowed."""

@@ -45,7 +45,7 @@ class BrainPreprocessing(Recorded, Compose):
         brain_volume_ml: lowest and highest volume of a brain, see `BrainMaskd`; the default is of adults.
         bias_correction: divide by the bias field, which is kept as `bias_field`, see `CorrectBiasFieldd`.
         tissue_modes: of CSF, grey and white matter, to which a T1 brain is brought, see `StandardiseTissued`; those
-            that it had are added as `tissue_modes`.
+            that it had are added as `tissue_modes`, with `contrast_order` and `vessel_share`.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..detection.calibration import Calibration
 from ..detection.method import foreground_of
 from ..detection.normalisation import WithinSubjectNormalisation
-from ..detection.reliability import doubts, verdict
+from ..detection.reliability import MEASURED, doubts, verdict
 from ..errors import BundleError
 from ..images.check import voxel_volume_ml
 from ..recorded import Recorded
@@ -237,14 +237,19 @@ class ScoreVolumed(MapTransform):
         return dict(data) | {"result": result | self._reliability(data)}
 
     def _reliability(self, data: Mapping[Hashable, Any]) -> dict[str, Any]:
-        if "map_scale" not in data:
-            return verdict([])
-        modes = None if "tissue_modes" not in data else np.ravel(data["tissue_modes"]).astype(float).tolist()
-        scales = load_weights(self.weights)["normalisation.scale_quantiles"]
-        spacing = data[self.mask_key].pixdim.tolist()
-        found = None if modes is None or np.isnan(modes).any() else modes
-        reasons = doubts(data["map_scale"], scales, modes, spacing)
-        return {"map_scale": data["map_scale"], "tissue_modes": found, **verdict(reasons)}
+        measured = {name: float(data[name]) for name in MEASURED if name in data}
+        scales = load_weights(self.weights)["normalisation.scale_quantiles"] if "map_scale" in measured else None
+        record: dict[str, Any] = {name: _number(value) for name, value in measured.items()}
+        if "tissue_modes" not in data:  # a whole head, whose spacing nobody knows
+            return record | verdict(doubts(measured, scales))
+        modes = np.ravel(data["tissue_modes"]).astype(float).tolist()
+        record["tissue_modes"] = None if np.isnan(modes).any() else modes
+        return record | verdict(doubts(measured, scales, modes, data[self.mask_key].pixdim.tolist()))
+
+
+def _number(value: float) -> float | None:
+    """As JSON knows it."""
+    return None if np.isnan(value) else value
 
 
 def segment(anomaly_map: np.ndarray, threshold: float, min_voxels: float) -> np.ndarray:

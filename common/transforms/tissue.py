@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
+from scipy import ndimage
 from torch import Tensor
 
 from .intensity import FOREGROUND_FLOOR
@@ -19,6 +20,8 @@ ITERATIONS, CONVERGED = 200, 1e-5
 LEAST_STD, MOST_STD = 0.01, np.array([0.2, 0.15, 0.06])  # of CSF, grey and white matter, which is even
 LEAST_SHARE, LEAST_GAP = 0.05, 0.05  # a tissue that is rarer, or nearer to the next, has not been found
 SLOPES = (0.5, 2.0)  # so that a lesion keeps its contrast
+MIDDLING, BRIGHT = (0.25, 0.5), (0.75, 0.95)  # quantiles of a brain: grey matter, and white matter without vessels
+VESSEL_LEVEL = 1.25  # times white matter
 
 
 def tissue_modes(values: np.ndarray) -> np.ndarray:
@@ -43,6 +46,35 @@ def tissue_modes(values: np.ndarray) -> np.ndarray:
     return mean if found else np.full(3, np.nan)
 
 
+def contrast_order(image: np.ndarray, spacing_mm: Sequence[float]) -> float:
+    """How much deeper below the surface the bright tissue lies than the middling one, in mean depths of the brain.
+
+    White matter, the brightest in T1, lies within grey matter: 0.45 to 0.75 in T1 images of healthy adults. In T2 and
+    FLAIR grey matter or CSF is brighter, and the number is near 0 or below.
+
+    image: (H, W, D), a brain in (0, 1], else 0.
+    """
+    brain = image > 0
+    depth = ndimage.distance_transform_edt(np.pad(brain, 1), sampling=spacing_mm)[1:-1, 1:-1, 1:-1][brain]
+    values = image[brain]
+    parts = [np.quantile(values, quantiles) for quantiles in (MIDDLING, BRIGHT)]
+    middling, bright = (depth[(values > low) & (values <= high)] for low, high in parts)
+    return float((bright.mean() - middling.mean()) / depth.mean()) if middling.size and bright.size else np.nan
+
+
+def vessel_share(image: np.ndarray, white_matter: float) -> float:
+    """Share of the brain that is much brighter than white matter and thin, as vessels with contrast agent are.
+
+    What is bright in most of its 3 x 3 x 3 neighbours is no vessel; it may be a lesion.
+
+    image: (H, W, D), a brain in (0, 1], else 0, at 2 mm. white_matter: its mode; NaN gives NaN.
+    """
+    bright = image > min(VESSEL_LEVEL * white_matter, np.nextafter(np.float32(1), np.float32(0)))
+    compact = ndimage.uniform_filter(bright.astype(np.float32), 3) > 0.5
+    share = (bright & ~compact).sum() / max((image > 0).sum(), 1)
+    return np.nan if np.isnan(white_matter) else float(share)
+
+
 class StandardiseTissued(MapTransform):
     """Bring the modes of CSF, grey and white matter to those of the training data, by a piecewise linear map.
 
@@ -53,7 +85,8 @@ class StandardiseTissued(MapTransform):
     Args:
         keys: one image of one channel, (1, H, W, D), scaled; background 0 stays 0.
         modes: of the training data, three intensities in ascending order.
-        modes_key: where the modes that were found are put, (3,) float64, NaN where they were not found.
+        modes_key: where the modes that were found are put, (3,) float64, NaN where they were not found. Beside them are
+            put `contrast_order` and `vessel_share` of the image as it came.
     """
 
     def __init__(self, keys: KeysCollection, modes: Sequence[float], modes_key: str = "tissue_modes") -> None:
@@ -72,8 +105,12 @@ class StandardiseTissued(MapTransform):
         result[self.keys[0]] = image.clone()
         result[self.keys[0]].as_tensor().copy_(torch.where(values > 0, changed, 0))
         result[self.keys[0]].meta["tissue_knots"] = knots
-        result[self.modes_key] = found
-        return result
+        volume, spacing_mm = values[0].cpu().numpy(), image.pixdim.tolist()
+        measured = {
+            "contrast_order": contrast_order(volume, spacing_mm),
+            "vessel_share": vessel_share(volume, found[2]),
+        }
+        return result | {self.modes_key: found} | measured
 
     def _knots(self, found: np.ndarray) -> np.ndarray:
         if np.isnan(found).any():

@@ -52,6 +52,23 @@ def test_sinus_is_part_of_the_head_and_the_head_rest_is_not():
     assert not mask[:, 57:].any()
 
 
+def test_air_and_bone_tell_a_ct_from_mr():
+    volume, _ = head()
+    data = prepared(volume)
+    assert data["air_level"] == pytest.approx(25, abs=1)
+    assert data["bone_share"] == pytest.approx((volume >= 240).sum() / (volume > 45).sum())
+    assert 0.2 < data["bone_share"] < 0.4
+    mr = np.where(volume > 45, np.minimum(volume, 160), volume / 10)
+    data = prepared(mr.astype(np.float32))
+    assert data["air_level"] < 5
+    assert data["bone_share"] == 0
+
+
+def test_air_is_unknown_where_the_head_fills_the_image():
+    volume = np.random.default_rng(0).uniform(80, 100, (64, 64, 3)).astype(np.float32)
+    assert np.isnan(prepared(volume)["air_level"])
+
+
 def test_given_mask_is_where_to_look():
     volume, _ = head()
     affine = np.diag([3.0, 3.0, 5.0, 1.0])

@@ -126,6 +126,31 @@ def test_score_is_json(tmp_path):
     assert result["abnormal_share"] == pytest.approx(share)
 
 
+@pytest.mark.parametrize("of_the_brain", [True, False])
+def test_what_was_measured_decides_without_a_normalisation_too(tmp_path, of_the_brain):
+    """A map in its own units has no scale; and a head CT has neither tissues nor a spacing that is known."""
+    calibration = Calibration()
+    calibration.fit(0.2, 0.01, torch.rand(12))
+    path = tmp_path / "model.pt"
+    save_weights({f"calibration.{name}": value for name, value in calibration.state_dict().items()}, path)
+    thick = np.diag([2.0, 2.0, 5.0, 1.0])
+    image = MetaTensor(torch.ones(1, 12, 12, 12), affine=thick)
+    data = {"anomaly_map": image, "brain": MetaTensor(image > 0, affine=thick), "threshold": 0.3}
+    if of_the_brain:
+        measured = {"contrast_order": 0.1, "vessel_share": torch.tensor(np.nan, dtype=torch.float64)}
+        data |= measured | {"tissue_modes": torch.tensor([[0.3, 0.6, 0.8]], dtype=torch.float64)}
+        expected = {"contrast_order": 0.1, "vessel_share": None, "tissue_modes": [0.3, 0.6, 0.8]}
+        said = ["T1", "slices of 5.0 mm"]
+    else:
+        data |= {"air_level": 2.0, "bone_share": 0.2}
+        expected, said = {"air_level": 2.0, "bone_share": 0.2}, ["air"]
+    result = json.loads(json.dumps(ScoreVolumed(path)(data)["result"], allow_nan=False))
+    assert {name: result[name] for name in expected} == expected
+    assert result["reliability"] == "unreliable"
+    assert len(result["doubts"]) == len(said)
+    assert all(word in doubt for word, doubt in zip(said, result["doubts"], strict=True))
+
+
 def test_split():
     brain = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
     brain[:, 1:3] = True

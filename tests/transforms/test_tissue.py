@@ -3,7 +3,16 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from common.transforms.tissue import SLOPES, StandardiseTissued, destandardised, piecewise_linear, tissue_modes
+from common.detection.reliability import MOST_VESSELS
+from common.transforms.tissue import (
+    SLOPES,
+    StandardiseTissued,
+    contrast_order,
+    destandardised,
+    piecewise_linear,
+    tissue_modes,
+    vessel_share,
+)
 
 MODES = (0.37, 0.62, 0.76)
 
@@ -102,3 +111,68 @@ def test_piecewise_linear_is_numpys():
     values = torch.linspace(0, 1, 11)
     knots = np.array([0, 0.5, 1]), np.array([0, 0.2, 1])
     torch.testing.assert_close(piecewise_linear(values, *knots), torch.from_numpy(np.interp(values, *knots)).float())
+
+
+# CSF, grey and white matter of a brain in each contrast, as `ScaleIntensityByForegroundd` leaves them
+CONTRASTS = {"T1": MODES, "FLAIR": (0.25, 0.75, 0.62), "T2": (0.85, 0.55, 0.4), "PD": (0.7, 0.8, 0.65)}
+
+
+def brain(contrast, lesion=None, seed=0):
+    """A ball (48, 52, 44) of white matter in grey matter in CSF, with a ventricle and a lesion that fills a corner."""
+    axes = [np.linspace(-1.1, 1.1, size) for size in (48, 52, 44)]
+    x, y, z = np.meshgrid(*axes, indexing="ij")
+    radius = np.sqrt(x**2 + y**2 + z**2)
+    csf, grey, white = CONTRASTS[contrast]
+    image = np.select([radius < 0.2, radius < 0.7, radius < 0.93], [csf, white, grey], csf)
+    if lesion is not None:
+        image[(x > 0.1) & (y > 0.1)] = lesion
+    image = np.clip(image + np.random.default_rng(seed).normal(0, 0.03, image.shape), 1 / 255, 1)
+    return np.where(radius <= 1, image, 0).astype(np.float32)
+
+
+def test_white_matter_lies_deep_in_t1_only():
+    orders = {contrast: contrast_order(brain(contrast), (2, 2, 2)) for contrast in CONTRASTS}
+    assert orders["T1"] > 0.4
+    assert all(order < 0.1 for contrast, order in orders.items() if contrast != "T1")
+
+
+@pytest.mark.parametrize("level", [0.15, 0.37, 0.5, 0.95])
+def test_a_large_lesion_does_not_change_the_order(level):
+    image = brain("T1", level)
+    assert (image != brain("T1")).sum() / (image > 0).sum() > 0.13
+    assert contrast_order(image, (2, 2, 2)) > 0.33
+
+
+def test_the_order_does_not_depend_on_size_nor_on_what_is_around():
+    image = brain("T1")
+    order = contrast_order(image, (2, 2, 2))
+    assert contrast_order(image, (1, 1, 1)) == pytest.approx(order)
+    assert contrast_order(np.pad(image, 9), (2, 2, 2)) == pytest.approx(order)
+    inside = np.ix_(*(np.flatnonzero(image.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))))
+    assert contrast_order(image[inside], (2, 2, 2)) == pytest.approx(order)
+
+
+def test_vessels_are_thin_and_lesions_are_not():
+    vessels, lesion = brain("T1"), brain("T1")
+    inside = vessels > 0
+    vessels[::6, ::6] = np.where(inside, 1, 0)[::6, ::6]
+    lesion[10:26, 20:36, 14:30] = 1
+    assert vessel_share(brain("T1"), MODES[2]) < 0.0005
+    assert vessel_share(vessels, MODES[2]) == pytest.approx(((vessels == 1) & inside).sum() / inside.sum(), rel=0.05)
+    assert (lesion == 1).sum() / inside.sum() > 0.1
+    assert vessel_share(lesion, MODES[2]) < MOST_VESSELS
+    assert np.isnan(vessel_share(vessels, np.nan))
+
+
+def test_white_matter_near_the_upper_end_leaves_room_for_vessels():
+    """Values are clipped at 1, which can be less than 1.25 times white matter."""
+    image = brain("T1")
+    image[::6, ::6] = np.where(image > 0, 1, 0)[::6, ::6]
+    assert vessel_share(image, 0.85) == vessel_share(image, MODES[2]) > 0.02
+
+
+def test_what_tells_the_contrast_is_that_of_the_image_as_it_came():
+    image = brain("T1")
+    item = StandardiseTissued("image", (0.2, 0.4, 0.9))({"image": MetaTensor(torch.from_numpy(image)[None])})
+    assert item["contrast_order"] == contrast_order(image, (1, 1, 1))
+    assert item["vessel_share"] == vessel_share(image, item["tissue_modes"][2])
