@@ -172,15 +172,19 @@ def load_network(name: str) -> VolumeDetector:
 
 
 def describe(name: str, network: VolumeDetector) -> dict[str, Any]:
-    """The bundle's metadata, and what belongs to its volumes: preparation, smoothing of the map, threshold of that."""
-    preparation = dict(zip(network.preparation_names, network.preparation.tolist(), strict=True))
-    volume = {"preparation": preparation, "smoothing_vox": network.smoothing_vox}
+    """The bundle's metadata, and what belongs to its volumes: preparation, smoothing and normalisation of the map.
+
+    The threshold is of the map after these.
+    """
+    made_with = network.settings
+    volume = {"preparation": made_with["preparation"], "normalisation": made_with["normalisation"]}
+    volume |= {"smoothing_vox": network.smoothing_vox}
     return bundle.metadata(name) | volume | {"threshold": float(network.calibration.threshold)}
 
 
 def example(network: VolumeDetector, batch_size: int) -> Tensor:
     """Smooth slices of the size of those in training, (B, C, H, W), each another disc on a background of 0."""
-    settings = dict(zip(network.preparation_names, network.preparation.tolist(), strict=True))
+    settings = network.settings["preparation"]
     side = int(settings["canvas"] if "canvas" in settings else settings["size"])
     generator = torch.Generator().manual_seed(batch_size)
     coarse = torch.rand(batch_size, int(settings.get("channels", 1)), 8, 8, generator=generator)

@@ -101,7 +101,8 @@ def run_or_exit(evaluator: DetectionEvaluator) -> None:
 def one_line_errors() -> None:
     """End the process with one line instead of a traceback where an object of a config cannot be made.
 
-    For the `initialize` of a config: `run_or_exit` is called after that. Other errors keep their traceback.
+    For the `run` of a config, before `run_or_exit`, for which the objects are made: MONAI finds the modules of an
+    exported bundle from there on, and not yet in `initialize`. Other errors keep their traceback.
     """
     if getattr(sys.excepthook, "__module__", "") == __name__:
         return

@@ -220,7 +220,9 @@ def test_torchscript_is_the_network(name, tmp_path):
     path = export_torchscript(name, tmp_path)
     traced, about, _ = load_net_with_metadata(str(path))
     assert about["name"] == name
-    assert about["threshold"] == float(load_network(name).calibration.threshold)
+    assert about["threshold"] == float(load_network(name).calibration.threshold)  # of the map that is normalised
+    assert about["normalisation"]["class"] == "WithinSubjectNormalisation"
+    assert len(about["preparation"]["tissue_modes"]) == 3
     same_as_bundle(name, traced, 1e-5)
     assert str(PACKAGE).encode() not in path.read_bytes()
 
