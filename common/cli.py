@@ -101,7 +101,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", callback=_device
 BatchSize = Annotated[int, typer.Option(min=1, help="Slices at a time; changes memory and speed only.")]
 Weights = Annotated[Path | None, typer.Option(help="Your own weights instead of the bundle's.")]
 StripHow = Annotated[
-    Strip | None, typer.Option(help="Find the brain in a scan with the skull on: atlas (approximate), or hd-bet.")
+    Strip | None,
+    typer.Option(help="Find the brain in a scan with the skull on: atlas (approximate), deepbet (T1), or hd-bet."),
 ]
 Register = Annotated[
     bool | None, typer.Option("--register/--no-register", help="Work in MNI152 space. Default: what the bundle wants.")

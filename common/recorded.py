@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from .type_check import check_types
@@ -84,8 +83,12 @@ def _describe_module(module: nn.Module) -> dict[str, Any]:
 
 def _describe_object(value: Any) -> Any:
     """A function by its name; numbers with 5 digits, which every machine computes alike; else what an object holds."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        return [f"{item:.5g}" for item in np.ravel(torch.as_tensor(value).detach().cpu().double().numpy()).tolist()]
+    if isinstance(value, Tensor) and value.is_meta:
+        return {"class": "Tensor", "shape": list(value.shape)}  # it holds no numbers
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().double().numpy()
+    if isinstance(value, np.ndarray):
+        return [f"{item:.5g}" for item in value.ravel().tolist()]
     if isinstance(value, functools.partial):
         return [describe(part) for part in (value.func, value.args, value.keywords)]
     if hasattr(value, "__name__"):

@@ -2,9 +2,9 @@
 
     python scripts/make_methods_table.py [--check]
 
-Each folder there is what `uad benchmark` wrote. A method that a benchmark does not hold has a dash; one that was
-measured with other weights than are shipped now is refused. With --check nothing is written, and the exit code is 1
-where the README or a card says something else.
+`sites` holds what `scripts/measure_sites.py` wrote of the bundles for brain T1, the other folders what `uad benchmark`
+wrote. A method that was not measured has a dash; one that was measured with other weights than are shipped now is
+refused. With --check nothing is written, and the exit code is 1 where the README or a card says something else.
 """
 
 from __future__ import annotations
@@ -25,10 +25,19 @@ from common.weights import sha256
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = "<!-- methods: scripts/make_methods_table.py -->", "<!-- methods end -->"
 PERFORMANCE = "<!-- performance: scripts/make_methods_table.py -->", "<!-- performance end -->"  # of cards that have it
+SITES = {"novosibirsk": "another scanner", "ixi": "home"}  # of brain T1, in the order of the tables
+BASELINES = ("darkness_minus_atlas", "mirrored_minus_atlas")
+SHIPPED = "1, 2, 3, 4"  # the variant of `scripts/measure_sites.py` that the bundles are shipped with
+OF_A_SITE = {  # of the cards
+    "healthy_share": "healthy brain above the threshold",
+    "healthy_worst_share": "the worst brain",
+    "recall_strokes": "stroke voxels found",
+    "auprc_strokes": "AUPRC, strokes",
+    "auprc_chronic_stroke": "chronic",
+    "auprc_acute_stroke": "acute",
+    "auprc_atlas": "MS shapes",
+}
 COHORTS = {  # folder under docs/benchmarks: column
-    "ixi-blobs": "brain T1, blobs",
-    "ixi-atlas": "brain T1, MS shapes",
-    "ms-patient": "T1 of another scanner, MS, 1 patient",
     "glioma": "glioma",
     "headct-sprites": "head CT, sprites",
 }
@@ -46,11 +55,13 @@ def main(check: Annotated[bool, typer.Option("--check", help="Only compare.")] =
     readme, new = ROOT / "README.md", {}
     try:
         benchmarks = read_benchmarks(ROOT / "docs" / "benchmarks")
-        new[readme] = with_table(readme, METHODS, table(benchmarks))
+        sites = read_sites(ROOT / "docs" / "benchmarks" / "sites")
+        new[readme] = with_table(readme, METHODS, f"{sites_table(sites)}\n\n{table(benchmarks)}")
         for key in available_bundles():
             card = BUNDLES_DIR / key / "docs" / "README.md"
             if PERFORMANCE[0] in card.read_text(encoding="utf-8"):
-                new[card] = with_table(card, PERFORMANCE, card_table(key, benchmarks))
+                of_key = card_of_sites(sites[key]) if key in sites else card_table(key, benchmarks)
+                new[card] = with_table(card, PERFORMANCE, of_key)
     except UADError as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
     if check:
@@ -58,6 +69,62 @@ def main(check: Annotated[bool, typer.Option("--check", help="Only compare.")] =
     for path, text in new.items():
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def read_sites(folder: Path) -> dict[str, dict[str, Any]]:
+    """By bundle or baseline, the figures of each site as it is shipped."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["standardised"]:
+            found[result["key"]] = result["variants"][SHIPPED]
+            if result["key"] in available_bundles():
+                check_weights(result | {"kind": "method", "bundle": result["key"]}, path)
+    return found
+
+
+def sites_table(sites: dict[str, dict[str, Any]]) -> str:
+    """A row a bundle for brain T1, and the free baselines below; another scanner first."""
+    names = ("healthy brain above the threshold (worst)", "stroke voxels found", "AUPRC, strokes")
+    header = ["key", "method", "weights", *(f"{site}: {name}" for site in SITES.values() for name in names)]
+    rows = []
+    for key in available_bundles():
+        about = describe_bundle(key)
+        if about["modalities"] == ["T1"]:
+            weights = f"{about['weights_mb']} MB, {about['weights_license']}"
+            rows.append([f"`{key}`", about["title"], weights, *site_cells(sites.get(key, {}))])
+    for key in BASELINES:
+        rows.append([key.replace("_", " "), "free baseline", "none", *site_cells(sites.get(key, {}))])
+    return lines_of(header, rows)
+
+
+def site_cells(of_site: dict[str, Any]) -> list[str]:
+    """The three cells of each site; dashes where nothing was measured."""
+    cells = []
+    for site in SITES:
+        row = of_site.get(site)
+        if row is None:
+            cells += ["-"] * 3
+            continue
+        mean, worst = row["healthy_share"]["value"], row["healthy_worst_share"]["value"]
+        cells += [f"{mean:.1%} ({worst:.1%})", f"{row['recall_strokes']['value']:.2f}", cell(row["auprc_strokes"])]
+    return cells
+
+
+def card_of_sites(of_site: dict[str, Any]) -> str:
+    """A row a site."""
+    header = ["", *OF_A_SITE.values()]
+    rows = [
+        [name, *(cell(of_site[site][metric]) if metric in of_site[site] else "-" for metric in OF_A_SITE)]
+        for site, name in SITES.items()
+        if site in of_site
+    ]
+    return lines_of(header, rows)
+
+
+def lines_of(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
 def read_benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
@@ -88,6 +155,8 @@ def table(benchmarks: dict[str, dict[str, Any]]) -> str:
     rows = []
     for key in available_bundles():
         about = describe_bundle(key)
+        if about["modalities"] == ["T1"]:
+            continue
         results = [benchmarks[cohort].get(key) for cohort in measured]
         seconds = next((r["run_time"]["seconds_per_volume"] for r in results if r), None)
         rows.append(
@@ -101,8 +170,7 @@ def table(benchmarks: dict[str, dict[str, Any]]) -> str:
         )
     free = [best_baseline(benchmarks[cohort]) for cohort in measured]
     rows.append(["", "best of the free baselines", "none", "-", *free])
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return lines_of(header, rows)
 
 
 def card_table(key: str, benchmarks: dict[str, dict[str, Any]]) -> str:
@@ -113,10 +181,9 @@ def card_table(key: str, benchmarks: dict[str, dict[str, Any]]) -> str:
         [COHORTS[cohort], *(cell(result[name]) for name in METRICS), best_baseline(benchmarks[cohort])]
         for cohort, result in results.items()
     ]
-    lines = [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
     run = next(iter(results.values()))["run_time"]
     cost = f"{run['seconds_per_volume']:.2g} s on one busy CPU core, {run['peak_memory_mb'] / 1e3:.1f} GB"
-    return "\n".join([*lines, "", f"A volume of {run['slices_per_volume']:.0f} slices: {cost}."])
+    return "\n".join([lines_of(header, rows), "", f"A volume of {run['slices_per_volume']:.0f} slices: {cost}."])
 
 
 def best_baseline(results: dict[str, Any]) -> str:

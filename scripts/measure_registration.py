@@ -1,6 +1,6 @@
-"""Measure registration to MNI152 and the skull strip by atlas on images at hand.
+"""Measure registration to MNI152 and the stripping of skulls on images at hand.
 
-    python scripts/measure_registration.py IMAGE_OR_FOLDER... [--heads FOLDER] [-o result.json]
+    python scripts/measure_registration.py IMAGE_OR_FOLDER... [--heads FOLDER] [--strip atlas|deepbet] [-o result.json]
 
 Each skull-stripped image is moved by random affines (20 degrees, 25 mm, scale 0.85 to 1.15 along each axis) and stored
 in a random order of axes, or resampled; the target registration error is how far a point of its brain ends from where
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -21,6 +22,7 @@ from monai.data import MetaTensor
 from scipy.spatial.transform import Rotation
 
 from common.transforms.brain import brain_mask
+from common.transforms.deepbet import deepbet_brain_mask
 from common.transforms.load import load_image
 from common.transforms.registration import RegisterToMNI, mni_transform, onto, upright_grid, world_points
 from common.transforms.strip import atlas_brain_mask
@@ -28,6 +30,7 @@ from common.transforms.strip import atlas_brain_mask
 MAX_ANGLE_DEG, MAX_SHIFT_MM, SCALES = 20.0, 25.0, (0.85, 1.15)
 LESION_RADIUS_MM = 5.0
 EVERY = 50  # of the brain's voxels is a target point
+STRIPS = {"atlas": atlas_brain_mask, "deepbet": deepbet_brain_mask}
 
 
 def main() -> None:
@@ -35,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="*", type=Path, help="NIfTI files, or folders of them")
     parser.add_argument("--heads", type=Path, help="folder of heads with brain masks")
+    parser.add_argument("--strip", choices=STRIPS, default="atlas", help="how the brains of the heads are found")
     parser.add_argument("--first", type=int, help="only so many images of each folder")
     parser.add_argument("--perturbations", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -50,7 +54,7 @@ def main() -> None:
         result["registration"][file.name] = report(file, measure(load_image(file), args.perturbations, rng))
     for file in sorted(args.heads.glob("*_T1.nii.gz")) if args.heads else []:
         mask = load_image(str(file).replace("_T1", "_brain_mask"))
-        result["strip"][file.name] = report(file, measure_strip(load_image(file), mask))
+        result["strip"][file.name] = report(file, measure_strip(load_image(file), mask, STRIPS[args.strip]))
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -83,10 +87,12 @@ def measure(image: MetaTensor, perturbations: int, rng: np.random.Generator) -> 
     return figures
 
 
-def measure_strip(head: MetaTensor, mask: MetaTensor) -> dict[str, float]:
-    """Dice of the approximate mask, its excess and what it misses, as shares of the brain, and seconds."""
+def measure_strip(
+    head: MetaTensor, mask: MetaTensor, find: Callable[[MetaTensor], MetaTensor] = atlas_brain_mask
+) -> dict[str, float]:
+    """Dice of the mask that is found, its excess and what it misses, as shares of the brain, and seconds."""
     start = time.perf_counter()
-    found, true = atlas_brain_mask(head).as_tensor(), mask.as_tensor() > 0
+    found, true = find(head).as_tensor(), mask.as_tensor() > 0
     return {
         "dice": dice(found, true),
         "excess": float((found & ~true).sum() / true.sum()),

@@ -16,6 +16,7 @@ from common import bundle
 from common.bundle import BUNDLES_DIR, available_bundles
 from common.cli import app
 from common.cohorts.table import SAMPLE_DIR
+from common.metrics.baselines import QUANTITIES
 from common.weights import load_weights, sha256
 
 SAMPLE = SAMPLE_DIR / "mni152_lesions_T1.nii.gz"
@@ -76,7 +77,7 @@ def test_evaluate_writes_the_metrics(cohort, tmp_path):
             assert 0 <= values[metric]["value"] <= 1
         assert (values["n_subjects"], values["n_lesion_subjects"]) == (2, 1)
         assert values["n_lesion_slices"] > 0
-    assert set(result["baselines"]) == {"intensity_dark", "intensity_bright", "mean_healthy_image"}
+    assert set(result["baselines"]) == {"intensity_dark", "intensity_bright", "mean_healthy_image", *QUANTITIES}
     assert result["psnr"]["value"] > 0
     assert result["seed"] == 3
     assert result["weights_sha256"] == sha256(BUNDLES_DIR / "dae" / "models" / "model.pt")
@@ -104,6 +105,7 @@ def test_prepare_and_train(cohort, tmp_path, monkeypatch):
         return whole(name, configs, workflow_type, **override, **(short if workflow_type == "train" else {}))
 
     monkeypatch.setattr(bundle, "load_workflow", shortened)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # MONAI adds the bundle's folder
     for _ in range(2):
         result = CliRunner().invoke(app, ["train", "mad_ad", str(prepared / "cohort.csv"), "-o", str(runs)])
         assert result.exit_code == 0, result.output

@@ -7,6 +7,7 @@ import functools
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monai.networks.nets import DiffusionModelUNet
@@ -72,6 +73,7 @@ def test_default_that_is_given_is_no_change():
         (torch.Size([2, 3]), [2, 3]),
         (torch.float16, "torch.float16"),
         (torch.tensor([[1 / 3, 1.0]]), ["0.33333", "1"]),
+        (torch.empty(2, 3, device="meta"), {"class": "Tensor", "shape": [2, 3]}),
         (unet, "unet"),
         (functools.partial(unet, norm_eps=0.5), ["unet", [], {"norm_eps": 0.5}]),
     ],
@@ -80,6 +82,11 @@ def test_values(value, expected):
     described = describe(value)
     assert described == expected
     assert json.loads(json.dumps(described)) == described
+
+
+def test_array_is_described_by_its_numbers_on_any_device():
+    with torch.device("meta"):
+        assert describe(np.array([1, 2.5])) == ["1", "2.5"]
 
 
 @pytest.mark.parametrize("settings", [{"norm_eps": 1e-4}, {"resblock_updown": True}, {"use_flash_attention": True}])

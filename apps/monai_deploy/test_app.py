@@ -238,9 +238,12 @@ REFUSED = {  # what differs from a good command, and the line
     "output cannot be made": ({"output": "/proc/nowhere"}, "OutputError: /proc/nowhere: cannot be written .*-o"),
     "several modalities": ({"bundle": BUNDLES / "berdiff_glioma"}, "BundleError: berdiff_glioma: works on .* together"),
     "no settings": ({"settings": None}, "SettingError: .*my.yaml: no such file of settings"),
-    "no YAML": ({"settings": "detection: [strip"}, "SettingError: .*my.yaml: cannot be read"),
+    "no YAML": ({"settings": "detection: [strip"}, "SettingError: .*my.yaml: no settings in it .*app.yaml"),
     "misspelt": ({"settings": "detection:\n  stripp: atlas\n"}, "SettingError: .*no stripp; choose from strip,"),
-    "of no use": ({"settings": "detection:\n  strip: magic\n"}, "SettingError: .*choose one of atlas, hd-bet, none"),
+    "of no use": (
+        {"settings": "detection:\n  strip: magic\n"},
+        "SettingError: .*choose one of atlas, deepbet, .*none",
+    ),
     "no rules": ({"settings": "detection:\n  rules: mine.json\n"}, "SettingError: .*mine.json: no such file of rules"),
     "a head": (
         {"settings": "detection:\n  strip: none\n", "folder": "head"},

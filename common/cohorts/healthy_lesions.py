@@ -131,18 +131,19 @@ def lesion_cohort(site: Site) -> Callable[..., None]:
 
 def find_masks(kind: str, given: list[Path] | None, min_ml: float) -> list[str]:
     """The lesion masks among files and folders that are not smaller than `min_ml`, in one order. Raises CohortError."""
-    option = f"--{kind.replace('_', '-')}"
     if not given:
-        raise CohortError(f"--lesions {kind}", "needs masks in MNI152 space", f"give {option} MASK_OR_FOLDER")
+        masks = {kind: "MASK_OR_FOLDER"}
+        raise CohortError(kind, "needs lesion masks in MNI152 space", "choose other lesions", **masks)
     files: list[str] = []
     for path in given:
         found = sorted(map(str, path.glob("*.nii*"))) if path.is_dir() else [str(path)] * path.is_file()
         if not found:
-            raise CohortError(path, "no such lesion mask or folder of masks (*.nii, *.nii.gz)", f"check {option}")
+            raise CohortError(path, "no such lesion mask or folder of masks (*.nii, *.nii.gz)", "check its name")
         files += found
     large = [file for file in files if atlas_ml(file) >= min_ml]
     if not large:
-        raise CohortError(given[0], f"none of {len(files)} lesion masks has {min_ml:g} ml", "lower --min-ml")
+        fact = f"none of {len(files)} lesion masks has {min_ml:g} ml"
+        raise CohortError(given[0], fact, "give larger masks", min_ml="0")
     return large
 
 

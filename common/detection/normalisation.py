@@ -101,8 +101,7 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         """What `fit` needs of a healthy subject, on the CPU; shapes as for `forward`."""
         inside = brain[0].cpu().numpy()
         z, scale = robust_z(anomaly_map[0].float().cpu().numpy(), inside)
-        box = box_of(inside)
-        total, count = (_to_atlas(torch.from_numpy(x[box].astype(np.float32))) for x in (z, inside))
+        total, count = (to_atlas(torch.from_numpy(x.astype(np.float32))[None], brain)[0] for x in (z, inside))
         return HealthyMap(z, inside, scale, total, count)
 
     @property
@@ -125,11 +124,11 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         self.scale_quantiles.copy_(torch.quantile(scales, levels))
         values = []
         for subject in subjects:
-            others = self.atlas.float().cpu() if keep else _mean(total - subject.total, count - subject.count)
+            others = self.atlas.float().cpu() if keep else mean_of(total - subject.total, count - subject.count)
             expected = others if self.healthy_atlas else None
             values.append(self._compare(subject.z, subject.brain, expected)[subject.brain])
         if self.healthy_atlas and not keep:
-            self.atlas.copy_(_mean(total, count))
+            self.atlas.copy_(mean_of(total, count))
         return values
 
     def _compare(self, z: np.ndarray, brain: np.ndarray, atlas: Tensor | None) -> np.ndarray:
@@ -138,9 +137,7 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
             return np.zeros_like(z)
         result = z
         if atlas is not None:
-            box = box_of(brain)
-            expected = np.zeros_like(z)
-            expected[box] = _resize(atlas, z[box].shape).numpy()
+            expected = from_atlas(atlas[None], torch.from_numpy(brain)[None])[0].numpy()
             result = np.where(brain, z - expected, 0)
         if self.contralateral_weight > 0:
             result = minus_mirrored(result, brain, self.contralateral_weight)
@@ -173,23 +170,43 @@ def robust_z(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, float]
 
 
 def box_of(inside: np.ndarray) -> Box:
-    """The smallest box around what is inside."""
+    """The smallest box around what is inside, (H, W, D). Raises ValueError where nothing is."""
+    if not inside.any():
+        raise ValueError("the foreground is empty: there is no brain to compare")
     return tuple(
         slice(int(np.flatnonzero(line)[0]), int(np.flatnonzero(line)[-1]) + 1)
         for line in (inside.any(axis=axes) for axes in ((1, 2), (0, 2), (0, 1)))
     )
 
 
-def _resize(volume: Tensor, shape: Sequence[int]) -> Tensor:
-    """(H, W, D) -> `shape`, each axis stretched by itself, linearly."""
-    return F.interpolate(volume[None, None], tuple(shape), mode="trilinear")[0, 0]
+def box_of_channels(foreground: Tensor) -> Box:
+    """The box around a foreground (1, H, W, D), in volumes of any channels (C, H, W, D)."""
+    return (slice(None), *box_of(foreground[0].cpu().numpy()))
 
 
-def _to_atlas(volume: Tensor) -> Tensor:
-    """From the box around a brain to that around the brain of MNI152, smoothed."""
-    carried = ndimage.gaussian_filter(_resize(volume, BRAIN_SHAPE).numpy(), ATLAS_SIGMA_VOX, mode="constant")
-    return _resize(torch.from_numpy(carried), ATLAS_SHAPE)
+def resized(volume: Tensor, shape: Sequence[int]) -> Tensor:
+    """(C, H, W, D) -> (C, *shape), each axis stretched by itself, linearly."""
+    return F.interpolate(volume[None], tuple(shape), mode="trilinear")[0]
 
 
-def _mean(total: Tensor, count: Tensor) -> Tensor:
+def to_atlas(volume: Tensor, brain: Tensor, shape: Sequence[int] = ATLAS_SHAPE) -> Tensor:
+    """From the box around a brain to that around the brain of MNI152, smoothed; sums and counts alike; on the CPU.
+
+    volume: (C, H, W, D), 0 outside the brain; brain: (1, H, W, D) bool; result: (C, *shape).
+    """
+    carried = resized(volume[box_of_channels(brain)].cpu(), BRAIN_SHAPE).numpy()
+    smoothed = ndimage.gaussian_filter(carried, (0, *[ATLAS_SIGMA_VOX] * 3), mode="constant")
+    return resized(torch.from_numpy(smoothed), shape)
+
+
+def from_atlas(atlas: Tensor, brain: Tensor) -> Tensor:
+    """An atlas (C, ...) on the grid of a brain (1, H, W, D) bool -> (C, H, W, D), 0 outside the brain's box."""
+    box = box_of_channels(brain)
+    volume = atlas.new_zeros(len(atlas), *brain.shape[1:])
+    volume[box] = resized(atlas, volume[box].shape[1:])
+    return volume
+
+
+def mean_of(total: Tensor, count: Tensor) -> Tensor:
+    """The mean of healthy brains by sums and counts in an atlas; 0 where there are hardly any."""
     return torch.where(count > MIN_COUNT, total / count.clamp(min=MIN_COUNT), 0.0)

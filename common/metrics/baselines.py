@@ -14,20 +14,17 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from monai.networks.layers import gaussian_1d, separable_filtering
-from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..detection.normalisation import BRAIN_SHAPE, MIN_COUNT, box_of_channels, from_atlas, mean_of, resized, to_atlas
 from ..detection.volume import smoothed_within
 
 Direction = Literal["bright", "dark"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-SIGMA_VOX = 1.5  # of the smoothing of maps and atlas; the boxes of two brains match to within some millimetres
+SIGMA_VOX = 1.5  # of the smoothing of maps
 RIM_VOX = 2
-ATLAS_SHAPE = (73, 91, 78)  # voxels of 2 mm of the box around the brain of MNI152
 ATLAS_SUBJECTS = 30  # 16 give what 60 give
-MIN_COUNT = 0.05  # of a subject; where fewer healthy brains are, the atlas says nothing
 _TINY = 1e-6  # keeps 0 / 0 at 0 where no brain is
 
 
@@ -68,11 +65,11 @@ class MeanHealthyImage:
         self.n_subjects_ = 0
         weight = total = squares = torch.zeros(())
         for image, foreground in volumes:
-            where = (slice(None), *_bounding_box(foreground))
+            where = box_of_channels(foreground)
             inside = foreground[where].to(image.dtype)
             # float64: the variance is the small difference of two large sums
-            w = _resample(inside, self.box).double()
-            wx = _resample(image[where] * inside, self.box).double()
+            w = resized(inside, self.box).double()
+            wx = resized(image[where] * inside, self.box).double()
             weight, total = weight + w, total + wx
             squares = squares + wx**2 / w.clamp(min=_TINY)  # w x^2: x = wx / w has no background mixed in at the rim
             self.n_subjects_ += 1
@@ -87,9 +84,9 @@ class MeanHealthyImage:
         """The map, (1, H, W, D), shapes and ranges as in this module's docstring. Raises ValueError before `fit`."""
         if not hasattr(self, "mean_"):
             raise ValueError("MeanHealthyImage has seen no healthy image yet: call fit() first")
-        where = (slice(None), *_bounding_box(foreground))
+        where = box_of_channels(foreground)
         x = image[where]
-        mean = _resample(self.mean_.to(x), x.shape[1:])
+        mean = resized(self.mean_.to(x), x.shape[1:])
         anomaly_map = torch.zeros_like(image[:1])
         anomaly_map[where] = (x - mean).abs().mean(0, keepdim=True) * foreground[where]
         return anomaly_map
@@ -112,7 +109,7 @@ def darker_than_mirrored(image: Tensor, foreground: Tensor) -> Tensor:
     brain's box.
     """
     dark = smoothed(1 - image.mean(0, keepdim=True), foreground)
-    where = (slice(None), *_bounding_box(foreground))
+    where = box_of_channels(foreground)
     mirrored, both = torch.zeros_like(dark), torch.zeros_like(foreground)
     mirrored[where] = dark[where].flip(1)
     both[where] = foreground[where] & foreground[where].flip(1)
@@ -149,14 +146,13 @@ class AboveHealthyAtlas:
         pairs = list(volumes)
         if not pairs:
             raise ValueError("AboveHealthyAtlas.fit got no volume: it needs at least one healthy subject")
-        total, count = torch.zeros(1, *ATLAS_SHAPE), torch.zeros(1, *ATLAS_SHAPE)
+        total, count = torch.zeros(1, *BRAIN_SHAPE), torch.zeros(1, *BRAIN_SHAPE)
         for image, foreground in pairs:
             inside = without_rim(foreground)
-            total += to_atlas(self.quantity(image, foreground) * inside, foreground)
-            count += to_atlas(inside.to(image.dtype), foreground)
-        seen = count > MIN_COUNT
-        mean = torch.where(seen, total / count.clamp(min=MIN_COUNT), 0)
-        self.atlas_ = torch.where(seen, mean, mean.max())
+            total += to_atlas(self.quantity(image, foreground) * inside, foreground, BRAIN_SHAPE)
+            count += to_atlas(inside.to(image.dtype), foreground, BRAIN_SHAPE)
+        mean = mean_of(total, count)
+        self.atlas_ = torch.where(count > MIN_COUNT, mean, mean.max())
         return self
 
     def __call__(self, image: Tensor, foreground: Tensor) -> Tensor:
@@ -200,29 +196,3 @@ def without_rim(foreground: Tensor) -> Tensor:
     """The foreground but its outer `RIM_VOX` voxels, (1, H, W, D) bool; beyond the volume there is none."""
     outside = F.pad((~foreground).float(), [RIM_VOX] * 6, value=1.0)
     return F.max_pool3d(outside, 2 * RIM_VOX + 1, 1) == 0
-
-
-def to_atlas(volume: Tensor, foreground: Tensor) -> Tensor:
-    """(1, H, W, D), 0 outside -> the box around the brain of MNI152 at 2 mm, smoothed; sums and counts alike."""
-    kernel = gaussian_1d(torch.tensor(SIGMA_VOX), truncated=4.0, approx="sampled", normalize=True)
-    boxed = _resample(volume[(slice(None), *_bounding_box(foreground))], ATLAS_SHAPE)
-    return separable_filtering(boxed[None], [kernel.to(boxed)] * 3)[0]
-
-
-def from_atlas(atlas: Tensor, foreground: Tensor) -> Tensor:
-    """The atlas on the grid of a brain, (1, H, W, D); 0 outside its box."""
-    where = (slice(None), *_bounding_box(foreground))
-    volume = torch.zeros(foreground.shape).to(atlas)
-    volume[where] = _resample(atlas, volume[where].shape[1:])
-    return volume
-
-
-def _bounding_box(foreground: Tensor) -> tuple[slice, ...]:
-    if not foreground.any():
-        raise ValueError("the foreground is empty: there is no brain to compare")
-    start, end = generate_spatial_bounding_box(foreground, allow_smaller=True)
-    return tuple(slice(int(a), int(b)) for a, b in zip(start, end, strict=True))
-
-
-def _resample(volume: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(volume.unsqueeze(0), size=tuple(size), mode="trilinear", align_corners=False)[0]

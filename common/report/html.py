@@ -20,7 +20,6 @@ from ..results.read import CaseFiles, Outcome, mni_point, read_lesions, read_out
 from .benchmark_page import benchmark_content
 from .viewer import NIIVUE_VERSION, STATIC, niivue, viewer_data
 
-OK = "ok"
 MAX_LESIONS = 200  # rows in a case's page; all are in lesions.csv
 MAX_MOSAICS = 100  # in a cohort's page: those with the highest scores; the others have the small picture
 MOSAIC_PIXELS, STRIP_PIXELS = 900, 420  # widths in a cohort's page
@@ -63,7 +62,7 @@ def render(folder: Path, scan: Path | None = None) -> str:
     records, outcomes = records_in(folder), read_outcomes(folder)
     if not records and not outcomes:
         raise ResultError(folder, "no results: neither run.json nor status.tsv nor benchmark.json", remedy)
-    if len(records) != 1 or any(outcome.status != OK for outcome in outcomes):
+    if len(records) != 1 or any(outcome.failed for outcome in outcomes):
         if scan is not None:
             raise ResultError(folder, "many cases, of which one scan is given", "give the folder of its case")
         return _page("cohort.html", ["table.js"], **cohort_content(folder, records, outcomes))
@@ -98,7 +97,7 @@ def located_lesions(files: CaseFiles) -> list[dict[str, Any]]:
 def cohort_content(folder: Path, records: list[Path], outcomes: list[Outcome]) -> dict[str, Any]:
     """What the page of many cases shows: cases by falling score, and those that failed with what was wrong."""
     cases: list[dict[str, Any]] = []
-    failures = {each.case: (each.status, each.message) for each in outcomes if each.status != OK}
+    failures = {each.case: (each.status, each.message) for each in outcomes if each.failed}
     for record in records:
         files = CaseFiles.of_record(record)
         try:

@@ -12,6 +12,7 @@ from typing import Any
 
 from monai.utils import optional_import
 
+from ..detection.reliability import OK, UNRELIABLE
 from ..errors import ResultError
 from ..outputs import BIDS_NAMES, RECORD
 
@@ -23,7 +24,7 @@ NUMBERS = ("threshold", "volume_score", "lesions", "lesion_volume_ml", "abnormal
 TEXTS = ("bundle", "weights_sha256")
 OBJECTS: dict[str, Any] = {"input_sha256": {}, "settings": {}, "threshold_origin": {}}
 OTHERS = OBJECTS | {
-    "reliability": "ok",
+    "reliability": OK,
     "doubts": [],
     "map_scale": None,
     "brain_mask": "-",
@@ -56,11 +57,16 @@ class CaseFiles:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A line of status.tsv: `ok`, or the kind of error and what is wrong."""
+    """A line of status.tsv: `ok`, `unreliable` with the reasons, or the kind of error and what is wrong."""
 
     case: str
     status: str
     message: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no result of the case."""
+        return self.status not in (OK, UNRELIABLE)
 
 
 def records_in(folder: Path) -> list[Path]:

@@ -15,7 +15,8 @@ from scipy import ndimage
 from ..errors import SettingError, SkullStripError
 from ..images.background import background, field_of_view, filled_in, is_negative, zero_of_tissue
 from ..images.check import same_grid, source_name, voxel_volume_ml
-from .strip import atlas_brain_mask, hd_bet_brain_mask, largest_component
+from .deepbet import deepbet_brain_mask
+from .strip import Strip, atlas_brain_mask, hd_bet_brain_mask, largest_component
 
 # below this share of the 98th percentile a voxel is background: resampling leaves ringing around a stripped brain
 BACKGROUND_SHARE = 0.01
@@ -48,8 +49,8 @@ class BrainMaskd(MapTransform):
     Args:
         keys: one image; with several channels a voxel counts where any channel is not background.
         mask_key: where the mask is, or is put.
-        strip: "atlas" fits the template's brain, `brain_source` "atlas (approximate)"; "hd-bet" calls that program;
-            None refuses images with skull.
+        strip: "atlas" fits the template's brain, `brain_source` "atlas (approximate)"; "deepbet" (for T1) and "hd-bet"
+            call what may be installed beside this package; None refuses images with skull.
         brain_volume_ml: lowest and highest volume of a brain; one that is cut by the field of view is judged by its
             largest slice.
     """
@@ -62,8 +63,8 @@ class BrainMaskd(MapTransform):
         brain_volume_ml: Sequence[float] = BRAIN_VOLUME_ML,
     ) -> None:
         super().__init__(keys)
-        if strip not in (None, "atlas", "hd-bet"):
-            raise ValueError(f"`strip` must be atlas, hd-bet or None, got {strip!r}.")
+        if strip is not None and strip not in list(Strip):
+            raise ValueError(f"`strip` must be {', '.join(Strip)} or None, got {strip!r}.")
         self.mask_key = mask_key
         self.strip = strip
         self.limits = check_limits(brain_volume_ml)
@@ -100,11 +101,12 @@ class BrainMaskd(MapTransform):
         # a head whose air is below 0 looks like any other once its air is 0
         below = torch.from_numpy(np.minimum(around, 0)).to(image.device)
         head = cast(MetaTensor, image - below) if below.any() else image
-        found = atlas_brain_mask(head) if self.strip == "atlas" else hd_bet_brain_mask(head)
+        find = {"atlas": atlas_brain_mask, "deepbet": deepbet_brain_mask, "hd-bet": hd_bet_brain_mask}
+        found = find[self.strip](head)
         tissue = torch.from_numpy(~filled_in(values, around))
         mask = MetaTensor(found.as_tensor() & tissue.to(found.device), meta=dict(image.meta))
         check_volume(mask, self.limits, source_name(image))
-        return mask, "atlas (approximate)" if self.strip == "atlas" else "hd-bet"
+        return mask, "atlas (approximate)" if self.strip == "atlas" else self.strip
 
 
 def check_limits(brain_volume_ml: Any) -> tuple[float, float]:

@@ -51,6 +51,7 @@ class Strip(StrEnum):
     """How to find the brain in a scan of a head."""
 
     ATLAS = "atlas"
+    DEEPBET = "deepbet"
     HD_BET = "hd-bet"
 
 

@@ -23,6 +23,7 @@ from ..detection.fingerprint import Fingerprint
 from ..errors import CohortError, UADError
 from ..files import replacing
 from ..images.check import typed_errors
+from ..metrics.baselines import QUANTITIES
 from ..metrics.bootstrap import PAIRED, paired_difference
 from ..outputs import Inputs, check_file, is_result
 from ..report.benchmark_table import LESIONS, SUBJECTS, VOXELS, csv_table, markdown_tables
@@ -130,7 +131,8 @@ def check_output(cohort: Path, output: Path, variants: Iterable[Variant]) -> Non
     """Raises OutputError where an input would be written over, or what is no earlier result of a benchmark."""
     tables = [output / f"benchmark.{suffix}" for suffix in ("json", "csv", "md")]
     results = {output / variant.key / RESULT for variant in variants}
-    results |= {path for name in ("intensity", "mean_healthy_image") for path in output.glob(f"{name}_*/{RESULT}")}
+    baselines = ("intensity", "mean_healthy_image", *QUANTITIES)
+    results |= {path for name in baselines for path in output.glob(f"{name}_*/{RESULT}")}
     weights = [BUNDLES_DIR / variant.bundle / "models" / "model.pt" for variant in variants]
     Inputs([*cohort_files(cohort), *weights]).check([*tables, *sorted(results)])
     for table in tables:
@@ -230,7 +232,8 @@ def evaluate_apart(
     flags = []
     for name, value in options.items():
         flags += [f"--{name}", value] if isinstance(value, str) else [f"--{name}" if value else f"--no-{name}"]
-    command = [sys.executable, "-m", __package__, "evaluate", str(cohort.resolve()), "-o", str(evaluation)]
+    program = str(__package__).rpartition(".")[0]
+    command = [sys.executable, "-m", program, "evaluate", str(cohort.resolve()), "-o", str(evaluation)]
     command += ["-m", variant.bundle, "--seed", str(identity["seed"]), "--no-baselines", *flags]
     command += [f"--set={item}" for item in variant.items]
     folder.mkdir(parents=True, exist_ok=True)

@@ -181,7 +181,10 @@ def test_masks_go_where_they_are_in_mni(strokes):
     [
         (["--lesions", "acute_stroke"], "give --acute-stroke MASK_OR_FOLDER"),
         (["--lesions", "atlas", "--atlas", "none.nii"], "none.nii: no such lesion mask"),
-        (["--lesions", "atlas", "--atlas", "MASKS", "--min-ml", "900"], "none of 2 lesion masks has 900 ml"),
+        (
+            ["--lesions", "atlas", "--atlas", "MASKS", "--min-ml", "900"],
+            "none of 2 lesion masks has 900 ml; give larger masks, or give --min-ml 0",
+        ),
     ],
 )
 def test_masks_that_cannot_be_used_are_one_line(images, strokes, tmp_path, options, said):

@@ -106,7 +106,7 @@ def test_other_settings_are_noticed(options, said, finished, scan):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("OutputError: ")]
     assert said in line
     assert line.count(" before, ") == 1  # and nothing else differs
-    assert "choose another output folder, or --overwrite" in line
+    assert "choose another output folder, or give --overwrite" in line
     assert (finished / "a" / "run.json").stat().st_mtime_ns == before
 
 

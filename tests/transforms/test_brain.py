@@ -235,12 +235,12 @@ def head_with_zeros(volume, brain):
     return head, black
 
 
-@pytest.mark.parametrize("strip", ["atlas", "hd-bet"])
+@pytest.mark.parametrize("strip", ["atlas", "deepbet", "hd-bet"])
 def test_what_was_filled_into_the_field_of_view_is_no_tissue(strip, stripped, monkeypatch):
     volume, brain, affine = stripped
     head, black = head_with_zeros(volume, brain)
     image = make_image(head, affine)
-    for name in ("atlas_brain_mask", "hd_bet_brain_mask"):
+    for name in ("atlas_brain_mask", "deepbet_brain_mask", "hd_bet_brain_mask"):
         monkeypatch.setattr(brain_module, name, lambda image: make_image(brain, affine).bool())
     found = BrainMaskd("image", strip=strip)({"image": image})["brain"][0].numpy()
     assert found[black].all()

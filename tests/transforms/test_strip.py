@@ -84,7 +84,7 @@ def test_source_of_the_brain_is_told(head):
     inside = found["brain"].as_tensor()
     assert torch.equal(found["image"].as_tensor()[inside], image.as_tensor()[inside])
     stripped = make_image(volume * brain, affine)
-    for strip in (None, "atlas", "hd-bet"):
+    for strip in (None, "atlas", "deepbet", "hd-bet"):
         result = BrainMaskd("image", strip=strip)({"image": stripped})
         assert result["brain_source"] == "stripped"
         assert np.array_equal(result["brain"][0], ndimage.binary_fill_holes(brain))
@@ -106,7 +106,7 @@ def test_atlas_refuses_what_is_no_head():
 
 
 def test_unknown_way_to_strip_is_a_mistake_of_the_caller():
-    with pytest.raises(ValueError, match="atlas, hd-bet or None"):
+    with pytest.raises(ValueError, match="atlas, deepbet, hd-bet or None"):
         BrainMaskd("image", strip="fsl")
 
 

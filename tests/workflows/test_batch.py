@@ -52,13 +52,13 @@ def statuses(folder, name="status.tsv"):
 
 
 def records(folder):
-    """When the record of each case was written."""
-    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
+    """When the record of each case was written; not of one that is being written, in a hidden folder."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*/run.json")}
 
 
 @pytest.fixture(scope="module")
 def thin_brains(phantom, save_nifti, tmp_path_factory):
-    """A folder of brains of four slices each."""
+    """A folder of brains of four slices each, which are too thick for a result to be relied on."""
     folder = tmp_path_factory.mktemp("brains")
     (height, width, depth), affine = phantom.grid(spacing_mm=(4, 4, 4))
     affine[:3, 3] += affine[:3, :3] @ (0, 0, depth // 2 - 2)
@@ -80,6 +80,17 @@ def test_table_appends_and_keeps_the_last_line_of_a_case(tmp_path):
         assert table.rows["a"][1] == "ok"
     assert path.read_text(encoding="utf-8") == "case\tstatus\tseconds\tmessage\na\tok\t2.00\t\nb\tok\t0.50\t\n"
     assert [file.name for file in path.parent.iterdir()] == ["status.tsv"]
+
+
+def test_verdict_is_said_and_is_done(tmp_path, capsys):
+    with StatusTable(tmp_path / "status.tsv") as table:
+        table.add_verdict("a", {"reliability": "ok", "doubts": []}, 1)
+        table.add_verdict("b", {"reliability": "unreliable", "doubts": ["one", "two"]}, 1)
+        table.add_verdict("c", {}, 0)  # of a record of an earlier version
+        assert all(map(table.is_done, "abc"))
+    assert capsys.readouterr().err == "unreliable: b: one; two\n"
+    rows = {case: (row["status"], row["message"]) for case, row in statuses(tmp_path).items()}
+    assert rows == {"a": ("ok", ""), "b": ("unreliable", "one; two"), "c": ("ok", "")}
 
 
 def test_table_where_nothing_can_be_written(tmp_path):
@@ -189,7 +200,7 @@ def test_two_processes_share_the_cases(thin_brains, tmp_path):
     assert again.communicate() and again.returncode == 0
     after = records(out)
     assert {name: after[name] for name in seen} == seen
-    assert {case: row["status"] for case, row in statuses(out).items()} == dict.fromkeys(after, "ok")
+    assert {case: row["status"] for case, row in statuses(out).items()} == dict.fromkeys(after, "unreliable")
     assert len((out / "status.tsv").read_text(encoding="utf-8").splitlines()) == 1 + len(few)
     assert not list(out.glob(".*"))
     assert all(len(list((out / name).iterdir())) == 6 for name in after)
@@ -212,7 +223,9 @@ def test_killed_run_goes_on(thin_brains, tmp_path):
     after = records(out)
     assert len(after) == CASES
     assert {name: after[name] for name in before} == before  # nothing was done twice
-    assert {row["status"] for row in statuses(out).values()} == {"ok"}
+    for case, row in statuses(out).items():  # of the cases that were written before, too
+        assert row["status"] == "unreliable", case
+        assert "slices of 4.0 mm" in row["message"], case
     assert len((out / "status.tsv").read_text(encoding="utf-8").splitlines()) == 1 + CASES
     assert not list(out.glob(".*"))  # nothing half-written is left
 

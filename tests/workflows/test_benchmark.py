@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from common.bundle import BUNDLES_DIR, available_bundles, metadata
 from common.cli import app
-from common.errors import BundleError, CohortError, SkullStripError
+from common.errors import BundleError, CohortError, OutputError, SkullStripError
 from common.metrics.baselines import QUANTITIES
 from common.report.benchmark_table import cell, site_cell, size_label
 from common.transforms.pipeline import BrainPreprocessing
@@ -97,6 +97,14 @@ def test_tables_hold_every_method_best_first(measured):
         assert float(rows[method["key"], "auprc"]) == method["auprc"]["value"]
     text = (measured / "benchmark.md").read_text(encoding="utf-8")
     assert all(f"| {method['key']} | {cell(method['auprc'])} |" in text for method in table["methods"])
+
+
+@pytest.mark.parametrize("key", sorted({METHOD, *BASELINES}))
+def test_file_of_another_program_at_the_place_of_a_result_is_refused(key, cohort, tmp_path):
+    (tmp_path / key).mkdir()
+    (tmp_path / key / "result.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(OutputError, match=f"{key}/result.json"):
+        benchmark.check_output(cohort, tmp_path, [Variant(METHOD)])
 
 
 def test_finished_methods_are_not_run_again(measured, cohort, monkeypatch):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.handlers import run_time
 from ignite.engine import Events
 from monai.data import DataLoader
 from monai.engines import SupervisedEvaluator
+
+from common.workflows import run_time
 
 READING_S, NETWORK_S, METRICS_S = 0.05, 0.1, 0.4
 BLOCK_MB = 200

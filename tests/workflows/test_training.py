@@ -1,4 +1,4 @@
-"""The engines of all trainings, on an objective of one number; `handlers/test_training.py` tests what they write."""
+"""The engines of all trainings, on an objective of one number; `test_training_handlers.py` tests what they write."""
 
 from types import SimpleNamespace
 

@@ -11,7 +11,7 @@ from monai.deploy.conditions import CountCondition
 from monai.deploy.core import Application
 from monai.deploy.operators import DICOMDataLoaderOperator, DICOMSeriesSelectorOperator
 from operators import AnomalyBundleOperator, ResultWriterOperator, SeriesToVolumeOperator
-from settings import CONFIG, Settings, check_command_line
+from settings import Settings, check_command_line
 
 from common.errors import BundleError, SettingError
 from common.images.dicom import find_series
@@ -36,12 +36,7 @@ class AnomalyApp(Application):
         self.bundle = find_bundle(Path(self.app_context.model_path).resolve())
         self.metadata = json.loads((self.bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
         find_series(self.input_folder)  # refuses damaged files, on which the SDK's loader ends without saying so
-        try:
-            self.config(str(CONFIG))
-            self.settings = Settings.of(self.kwargs("detection"))
-        except RuntimeError as error:  # of the YAML reader
-            fact = f"cannot be read ({' '.join(str(error).split())})"
-            raise SettingError(CONFIG, fact, "write it like app.yaml of the application") from error
+        self.settings = Settings.read()
         if deidentify:
             self.settings = dataclasses.replace(self.settings, deidentify=True)
 

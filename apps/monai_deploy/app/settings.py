@@ -10,11 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import yaml
+
 from common.errors import BundleError, DicomError, OutputError, SettingError
 
 HERE = Path(__file__).parent
 CONFIG = Path(os.environ.get("HOLOSCAN_CONFIG_PATH", HERE / "app.yaml"))
-STRIP = ("atlas", "hd-bet", "none")
+STRIP = ("atlas", "deepbet", "hd-bet", "none")
 WORDS = {"strip": f"set strip: {{}} in {CONFIG.name}"}  # how an error advises a setting here
 
 
@@ -27,8 +29,23 @@ class Settings:
     deidentify: bool = False
 
     @classmethod
+    def read(cls) -> Settings:
+        """What the file gives, the rest as it is by default. Raises SettingError.
+
+        The SDK's own reader takes a file that is no YAML for an empty one.
+        """
+        try:
+            given = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["detection"]
+            return cls.of(given or {})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+            if isinstance(error, SettingError):
+                raise
+            fact = f"no settings in it ({type(error).__name__}: {' '.join(str(error).split())})"
+            raise SettingError(CONFIG, fact, "write it like app.yaml of the application") from error
+
+    @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
-        """What a file gives, the rest as it is by default. Raises SettingError."""
+        """These settings. Raises SettingError."""
         known = {field.name: type(field.default) for field in fields(cls)}
         for name, value in given.items():
             if name not in known:

@@ -1,0 +1,196 @@
+"""Measure how a bundle of brain T1 carries over to other scanners, with each step of its normalisation on and off.
+
+    python scripts/measure_sites.py COHORT.csv -m KEY -o OUT.json [--maps DIR] [--as-learned]
+
+COHORT has the columns site, split, T1 and lesion, and subjects that are named like `SUBJECT-KIND` where a lesion was
+put in. The healthy subjects of the split `val` give the threshold (and the atlas) of each variant, those of `test` are
+measured: the share of a healthy brain above the threshold, the recall of lesion voxels, AUPRC by kind of lesion, all on
+the network's grid. `--as-learned` leaves the standardisation of tissues out. `--maps` keeps the raw maps, so that a
+stopped run goes on; each is a file of tensors. In place of a bundle KEY may be a free baseline,
+`darkness_minus_atlas`, `brightness_minus_atlas` or `mirrored_minus_atlas`, on the images that `dae` would see.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
+from torch import Tensor
+
+from common.bundle import BUNDLES_DIR
+from common.cohorts.table import read_cohort
+from common.detection.method import foreground_of
+from common.detection.normalisation import WithinSubjectNormalisation
+from common.metrics import DetectionMetrics
+from common.metrics.baselines import QUANTITIES, AboveHealthyAtlas
+from common.report.benchmark_table import cell
+from common.results.case import versions
+from common.transforms.load import load_lesion
+from common.weights import load_into, weights_sha256
+from common.workflows.calibrate import threshold_of
+from common.workflows.evaluation import write_result
+
+SHARE = 0.01  # of the healthy brain that may exceed the threshold
+RESAMPLES = 300
+SHIPPED = "1, 2, 3, 4"
+OFF: dict[str, Any] = {"healthy_atlas": False, "contralateral_weight": 0.0, "smoothing_vox": 0.0}
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "raw map": None,
+    "1": OFF,
+    "1, 2": OFF | {"healthy_atlas": True},
+    "1, 2, 3": OFF | {"healthy_atlas": True, "contralateral_weight": 0.5},
+    "1, 2, 4": {"contralateral_weight": 0.0},
+    SHIPPED: {},
+    "1, 2, 3, 4, w = 0.75": {"contralateral_weight": 0.75},
+}
+
+Volume = dict[str, Tensor]  # map (1, H, W, D), brain and lesion (1, H, W, D) bool
+
+
+def main() -> None:
+    """Print a line a variant and site, and write all figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cohort", type=Path)
+    parser.add_argument("-m", "--method", required=True)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--maps", type=Path, help="folder of the raw maps")
+    parser.add_argument("--as-learned", action="store_true", help="without the standardisation of tissues")
+    parser.add_argument("--first", type=int, help="only so many test subjects of each site")
+    arguments = parser.parse_args()
+
+    baseline = arguments.method in QUANTITIES
+    bundle = "dae" if baseline else arguments.method
+    volumes = RawMaps(bundle, arguments.as_learned, arguments.maps, images=baseline)
+    items = read_cohort(arguments.cohort, ["T1"])
+    healthy = [volumes(item) for item in items if item["split"] == "val" and "lesion" not in item]
+    tested = first_subjects([item for item in items if item["split"] == "test"], arguments.first)
+    measured = [(item, volumes(item)) for item in tested]
+    if baseline:
+        above = AboveHealthyAtlas(QUANTITIES[arguments.method])
+        above.fit([(volume["map"].float(), volume["brain"]) for volume in healthy])
+        for volume in (*healthy, *(volume for _, volume in measured)):
+            volume["map"] = above(volume["map"].float(), volume["brain"])
+    variants = {SHIPPED: None} if baseline else VARIANTS
+    rows = {name: measure(settings, healthy, measured) for name, settings in variants.items()}
+    for name, sites in rows.items():
+        for site, row in sites.items():
+            print(name, site, *(f"{key} {cell(value)}" for key, value in row.items()))
+    about = {"key": arguments.method, "standardised": not arguments.as_learned, "calibrated_on": len(healthy)}
+    about |= {"weights_sha256": None if baseline else volumes.weights_sha256, "seed": 0, "versions": versions()}
+    write_result(about | {"variants": rows}, arguments.output)
+
+
+class RawMaps:
+    """The map of a subject before it is normalised, from a folder or from the network; or the image that it is of."""
+
+    def __init__(self, method: str, as_learned: bool, folder: Path | None, images: bool = False) -> None:
+        bundle = BUNDLES_DIR / method
+        config = ConfigParser(ConfigParser.load_config_file(bundle / "configs" / "inference.json"))
+        if as_learned:
+            config["preprocessing::tissue_modes"] = None
+        self.config, self.weights = config, bundle / "models" / "model.pt"
+        self.images = images
+        name = "images" if images else method
+        self.folder = None if folder is None else folder / (f"{name}-as-learned" if as_learned else name)
+        self.weights_sha256 = weights_sha256(self.weights)
+        self.network: Any = None
+
+    def __call__(self, item: dict[str, Any]) -> Volume:
+        """Of an item of the cohort."""
+        path = None if self.folder is None else self.folder / f"{item['subject']}.pt"
+        if path is not None and path.is_file():
+            return torch.load(path, weights_only=True)
+        volume = self._detect(item)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(volume, path)
+        return volume
+
+    @torch.no_grad()
+    def _detect(self, item: dict[str, Any]) -> Volume:
+        if self.network is None and not self.images:
+            self.network = self.config.get_parsed_content("network_def")
+            load_into(self.network, self.weights)
+            self.network.eval()
+        data = self.config.get_parsed_content("preprocessing")(item)
+        image = data["image"]
+        brain = foreground_of(image.as_tensor()[None])[0]
+        lesion = torch.zeros_like(brain)
+        if "lesion" in item:
+            mask = load_lesion(str(item["lesion"]), data["brain"])
+            lesion = on_grid(mask, image) & brain
+        anomaly_map = image.as_tensor() if self.images else self.network(image.as_tensor()[None])[0, :1]
+        return {"map": anomaly_map.half(), "brain": brain, "lesion": lesion}
+
+
+def on_grid(mask: MetaTensor, image: MetaTensor) -> Tensor:
+    """A mask (1, H, W, D) on the grid of a prepared image, where it fills half of a voxel or more."""
+    resample = SpatialResample(mode="bilinear", padding_mode="zeros")
+    moved = resample((mask > 0).float(), dst_affine=image.affine, spatial_size=image.shape[1:])
+    return torch.as_tensor(moved.as_tensor()) >= 0.5
+
+
+def first_subjects(items: list[dict[str, Any]], count: int | None) -> Iterator[dict[str, Any]]:
+    """The items of the first subjects of each site, healthy and with each kind of lesion."""
+    seen: dict[str, list[str]] = {}
+    for item in items:
+        subjects = seen.setdefault(str(item.get("site", "")), [])
+        subject, _ = subject_and_kind(item)
+        if subject not in subjects:
+            subjects.append(subject)
+        if count is None or subjects.index(subject) < count:
+            yield item
+
+
+def subject_and_kind(item: dict[str, Any]) -> tuple[str, str]:
+    """`IXI048`, `acute_stroke` of the subject `IXI048-acute_stroke`; a healthy one has no kind."""
+    if "lesion" not in item:
+        return str(item["subject"]), ""
+    subject, _, kind = str(item["subject"]).rpartition("-")
+    return subject, kind
+
+
+def measure(
+    settings: dict[str, Any] | None, healthy: list[Volume], tested: list[tuple[dict[str, Any], Volume]]
+) -> dict[str, Any]:
+    """The figures of a variant by site: `{"value", "ci95"}` each."""
+    normalisation = None if settings is None else WithinSubjectNormalisation(**settings)
+    if normalisation is None:
+        values = [volume["map"][volume["brain"]].float().numpy() for volume in healthy]
+    else:
+        values = normalisation.fit([normalisation.healthy_map(v["map"].float(), v["brain"]) for v in healthy])
+    threshold = threshold_of(values, SHARE)
+    of_site: dict[str, dict[str, DetectionMetrics]] = {}
+    for item, volume in tested:
+        anomaly_map = volume["map"].float()
+        if normalisation is not None:
+            anomaly_map = normalisation(anomaly_map, volume["brain"])[0].clamp(min=0)
+        kind = subject_and_kind(item)[1]
+        lesion = volume["lesion"][0] if kind else None
+        groups = {"strokes" if kind.endswith("stroke") else kind, kind} if kind else {"strokes"}
+        for group in groups:
+            metrics = of_site.setdefault(str(item.get("site", "")), {}).setdefault(group, DetectionMetrics())
+            metrics.update(str(item["subject"]), anomaly_map[0], lesion, volume["brain"][0], threshold, voxel_ml=0.008)
+    return {site: figures(groups) for site, groups in of_site.items()}
+
+
+def figures(groups: dict[str, DetectionMetrics]) -> dict[str, Any]:
+    """AUPRC and recall by kind of lesion; the healthy, and whole volumes, from the group of the strokes."""
+    row: dict[str, Any] = {}
+    for group, metrics in groups.items():
+        result = metrics.compute(n_bootstrap=RESAMPLES)
+        if group == "strokes":
+            row["healthy_share"], row["healthy_worst_share"] = result["healthy_fp_share"], result["healthy_worst_share"]
+            row["volume_auroc_cluster"] = result["volume_auroc_cluster"]
+        row[f"auprc_{group}"], row[f"recall_{group}"] = result["auprc"], result["voxel_recall_at_threshold"]
+    return row
+
+
+if __name__ == "__main__":
+    main()
