@@ -16,6 +16,7 @@ from common.detection.volume import VolumeDetector
 from common.errors import DicomError, OutputError
 from common.results.dicom import OBJECTS
 from common.transforms.pipeline import BrainPreprocessing
+from common.transforms.postprocess import Postprocessing
 from common.weights import save_weights, sha256
 from common.workflows.inference import SaveDetections
 
@@ -43,7 +44,7 @@ def scan(phantom, save_nifti, tmp_path):
 
 @pytest.fixture
 def saver(tmp_path):
-    """Make the handler; the weights are the same each time."""
+    """Make the handler of an evaluator that says `outputs`; the weights are the same each time."""
     weights = tmp_path / "weights" / "model.pt"
 
     def make(spacing_mm=2.0, **options):
@@ -52,9 +53,13 @@ def saver(tmp_path):
             save_weights(network.state_dict(), weights)
         preprocessing = BrainPreprocessing(spacing_mm=spacing_mm, percentile=98.0, upper=0.8, canvas=96)
         segmentation = {"threshold": 0.1, "min_volume_ml": 0.02, "save_map": False}
-        return SaveDetections(
-            str(tmp_path / "out"), network, str(weights), "dae", preprocessing, segmentation, **options
-        )
+        evaluator = Engine(lambda engine, batch: engine.outputs)
+        evaluator.state.device = torch.device("cpu")
+        vars(evaluator).update(bundle="dae", network=network, weights=str(weights), preprocessing=preprocessing)
+        evaluator.postprocessing = Postprocessing(preprocessing, str(weights), segmentation)
+        handler = SaveDetections(str(tmp_path / "out"), **options)
+        handler.attach(evaluator)
+        return handler
 
     return make
 
@@ -66,10 +71,8 @@ def run(handler, scan, doubts=()):
     numbers = Calibration().describe(outputs["anomaly_map"].as_tensor(), ones.as_tensor(), 0.1)
     batch = {"subject": "scan", "input": ones, "brain": ones.bool(), "brain_source": "stripped"}
     batch["image_sha256"] = sha256(scan)
-    evaluator = Engine(lambda engine, data: [outputs | {"result": numbers | verdict(doubts)}])
-    evaluator.state.device = torch.device("cpu")
-    handler.attach(evaluator)
-    evaluator.run([[batch]], max_epochs=1)
+    handler.evaluator.outputs = [outputs | {"result": numbers | verdict(doubts)}]
+    handler.evaluator.run([[batch]], max_epochs=1)
 
 
 def item(scan):
