@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pydoc import locate
 
@@ -146,6 +147,12 @@ def test_training_and_inference_share(name, configs):
 def test_workflows_name_this_bundle(configs, bundle):
     for name in ("inference.json", "train.json"):
         assert configs[name]["bundle_root"] == {"_target_": "common.bundle.bundle_root", "name": bundle.name}
+
+
+def test_what_is_initialised_is_of_no_module_of_the_bundle(configs):
+    """MONAI puts the folder of a bundle, with the modules of an exported one, on the path of imports after that."""
+    for name, config in configs.items():
+        assert '"common.' not in json.dumps(config.get("initialize", [])), name
 
 
 def test_every_stage_is_trained_by_the_common_engines(configs):
