@@ -161,6 +161,12 @@ def test_workflows_name_this_bundle(configs, bundle):
         assert configs[name]["bundle_root"] == {"_target_": "common.bundle.bundle_root", "name": bundle.name}
 
 
+def test_what_is_initialised_is_of_no_module_of_the_bundle(configs):
+    """MONAI puts the folder of a bundle, with the modules of an exported one, on the path of imports after that."""
+    for name, config in configs.items():
+        assert '"common.' not in json.dumps(config.get("initialize", [])), name
+
+
 def test_every_stage_is_trained_by_the_common_engines(configs):
     for name, config in configs.items():
         if name.startswith("train"):

@@ -21,6 +21,10 @@ def test_training_starts_from_the_weights_of_the_bundle(key):
     parser["preprocessing::upper"] = 0.5  # as for another scanner
     parser.get_parsed_content("initialize")
     network = parser.get_parsed_content("network_def")
+    load, train = parser["run"]
+    assert train == "$@train::trainer.run()"
+    assert load["_target_"] == "common.weights.load_networks"
+    parser.get_parsed_content("run::0")
     state = network.state_dict()
     for name, value in load_weights(root / "models" / "model.pt").items():
         if name.startswith("detector."):
