@@ -62,7 +62,9 @@ def fits(value: Any, hint: Any) -> bool:
         return not is_other and all(any(fits(item, element) for element in elements) for item in items)
     if origin in (Mapping, dict):
         return isinstance(value, Mapping)
-    return not isinstance(hint, type) or isinstance(value, hint) or not isinstance(value, (bool, int, float, str))
+    if hint is Any or not isinstance(hint, type) or not isinstance(value, (bool, int, float, str)):
+        return True
+    return not getattr(hint, "_is_protocol", False) and isinstance(value, hint)  # a protocol asks for an object
 
 
 def describe_type(hint: Any) -> str:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pytest
@@ -131,3 +131,25 @@ def test_one_line_through_monai_and_through_uad(tmp_path):
     assert result.exit_code == 3
     assert result.stderr == "SettingError: SegmentAnomaliesd: threshold = 'abc'; give a number or null\n"
     assert not (tmp_path / "out").exists()
+
+
+class Draws(Protocol):
+    """Not to be checked at runtime."""
+
+    def __call__(self, count: int) -> list[float]: ...
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (lambda count: [0.0] * count, Draws, True),
+        (lambda count: [0.0] * count, Draws | None, True),
+        (None, Draws | None, True),
+        ("gaussian", Draws, False),
+        ("gaussian", Any, True),
+        (1.5, Any, True),
+        (object(), Any, True),
+    ],
+)
+def test_protocols_and_any(value, hint, expected):
+    assert fits(value, hint) == expected

@@ -18,7 +18,7 @@ from common.images.check import CheckVolumed
 from common.transforms.brain import BrainMaskd
 from common.transforms.load import LoadImageCheckedd
 
-EXAMPLES = 1200
+EXAMPLES = 1000
 SHAPE, SPACING_MM = (12, 14, 11), 12.5  # 1 l in 1,848 voxels
 FORMATS = {"i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "i8": "q", "f4": "f", "f8": "d"}
 # the fields of NIfTI-1 that say how voxels are read and where they are: name, offset, type, number of values

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from common.cli import app
 from common.detection.calibration import origin_in_words
+from common.detection.reliability import verdict
 from common.errors import ResultError, UADError
 from common.report import viewer
 from common.report.html import write_report
@@ -164,6 +165,31 @@ def test_detect_of_one_scan_gives_the_case(make_case, tmp_path):
     assert result.output.strip() == str(tmp_path / "out" / "report.html")
     assert "data" in Page(tmp_path / "out" / "report.html").scripts
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"scan", "status.tsv", "report.html"}
+
+
+def test_unreliable_case_has_a_red_banner_in_its_own_page(make_case, tmp_path):
+    """Its line in status.tsv is not that of a failure; the banner says each doubt once, and other warnings stay."""
+    doubts = ["slices of <5.0> mm", "another contrast"]
+    make_case(tmp_path / "out", result=verdict(doubts), warnings=["of another kind"])
+    status = "case\tstatus\tseconds\tmessage\nscan\tunreliable\t1.00\tslices\n"
+    (tmp_path / "out" / "status.tsv").write_text(status, encoding="utf-8")
+    write_report(tmp_path / "out")
+    page = Page(tmp_path / "out" / "report.html")
+    assert "data" in page.scripts
+    banner = {"class": "unreliable", "role": "alert"}
+    assert [attributes for tag, attributes in page.elements if attributes.get("class") == "unreliable"] == [banner]
+    assert "Unreliable, do not interpret: slices of <5.0> mm; another contrast" in page.text
+    assert page.text.count("another contrast") == 1
+    assert "of another kind" in page.text
+    make_case(tmp_path / "out", "other")
+    write_report(tmp_path / "out")
+    page = Page(tmp_path / "out" / "report.html")
+    assert [row[0].split()[0] for row in page.cells[:2]] == ["other", "scan"]  # no table of failures comes first
+    assert page.text.count("unreliable, do not interpret: another contrast") == 1
+
+
+def test_reliable_case_has_no_banner(case_page):
+    assert "alert" not in [attributes.get("role") for _, attributes in case_page[1].elements]
 
 
 def test_case_of_a_bids_derivative(make_case, tmp_path):

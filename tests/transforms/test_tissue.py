@@ -48,20 +48,24 @@ def test_a_dark_lesion_moves_grey_and_white_matter_little(share, level):
     ill = draw.random(len(values)) < share
     values[ill] = draw.normal(level, 0.05, ill.sum())
     found = tissue_modes(values)
-    np.testing.assert_allclose(found[1:], MODES[1:], atol=0.05)
+    np.testing.assert_allclose(found[1:], MODES[1:], atol=0.02 if share < 0.3 else 0.07)
 
 
 def test_another_contrast_gets_the_modes_of_the_training_data():
     item = standardised(tissue((0.28, 0.53, 0.75)))
     image = item["image"].as_tensor()
-    np.testing.assert_allclose(tissue_modes(image[image > 0].numpy()), MODES, atol=0.03)
+    found = tissue_modes(image[image > 0].numpy())
+    np.testing.assert_allclose(found[1:], MODES[1:], atol=0.02)
+    np.testing.assert_allclose(found[0], MODES[0], atol=0.06)  # two slopes meet at its mode: it is no normal one now
     np.testing.assert_allclose(item["tissue_modes"], (0.28, 0.53, 0.75), atol=0.03)
 
 
 def test_a_standardised_image_stays():
     once = standardised(tissue((0.28, 0.53, 0.75)))
     twice = StandardiseTissued("image", MODES)(once)
-    torch.testing.assert_close(twice["image"].as_tensor(), once["image"].as_tensor(), atol=0.02, rtol=0)
+    difference = (twice["image"].as_tensor() - once["image"].as_tensor()).abs()
+    assert difference[once["image"].as_tensor() > 0.58].max() < 0.02  # grey and white matter
+    assert difference.max() < 0.06
 
 
 def test_order_background_and_range():
