@@ -54,7 +54,7 @@ def deepbet_brain_mask(image: MetaTensor) -> MetaTensor:
 
 def _checked(path: Path) -> bytes:
     """The content of a file of weights of deepbet, if it is the one that is known. Raises SkullStripError."""
-    advice = f"{INSTALL} --force-reinstall --no-deps"
+    advice = f"install it again ({INSTALL})"
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -233,7 +233,7 @@ def test_report_of_each_site(weights, capsys):
     assert sites["A"]["healthy_share"] == pytest.approx((shares[0] + shares[2]) / 2)
     assert sites["A"]["worst_healthy_share"] == pytest.approx(max(shares))
     assert sites["B"] == {"subjects": 1, "healthy_share": 0, "worst_healthy_share": 0}
-    first, *others = capsys.readouterr().out.splitlines()
+    first, *others, _ = capsys.readouterr().out.splitlines()
     assert first.startswith(f"threshold {threshold:.4g}, 95 % interval ")
     assert [line.split(",")[0] for line in others] == ["A: 2 subjects", "B: 1 subjects"]
     assert f"{sites['A']['healthy_share']:.2%} of a healthy brain above it" in others[0]
