@@ -27,7 +27,6 @@ METHODS = "<!-- methods: scripts/make_methods_table.py -->", "<!-- methods end -
 PERFORMANCE = "<!-- performance: scripts/make_methods_table.py -->", "<!-- performance end -->"  # of cards that have it
 SITES = {"novosibirsk": "another scanner", "ixi": "home"}  # of brain T1, in the order of the tables
 BASELINES = ("darkness_minus_atlas", "mirrored_minus_atlas")
-SHIPPED = "1, 2, 3, 4"  # the variant of `scripts/measure_sites.py` that the bundles are shipped with
 OF_A_SITE = {  # of the cards
     "healthy_share": "healthy brain above the threshold",
     "healthy_worst_share": "the worst brain",
@@ -77,7 +76,7 @@ def read_sites(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         if result["standardised"]:
-            found[result["key"]] = result["variants"][SHIPPED]
+            found[result["key"]] = result["variants"][result["shipped"]]
             if result["key"] in available_bundles():
                 check_weights(result | {"kind": "method", "bundle": result["key"]}, path)
     return found

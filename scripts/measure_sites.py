@@ -38,15 +38,15 @@ from common.workflows.evaluation import write_result
 
 SHARE = 0.01  # of the healthy brain that may exceed the threshold
 RESAMPLES = 300
-SHIPPED = "1, 2, 3, 4"
+STEPS, RAW = "1, 2, 3, 4", "raw map"  # of the normalisation that is shipped, and without it
 OFF: dict[str, Any] = {"healthy_atlas": False, "contralateral_weight": 0.0, "smoothing_vox": 0.0}
 VARIANTS: dict[str, dict[str, Any] | None] = {
-    "raw map": None,
+    RAW: None,
     "1": OFF,
     "1, 2": OFF | {"healthy_atlas": True},
     "1, 2, 3": OFF | {"healthy_atlas": True, "contralateral_weight": 0.5},
     "1, 2, 4": {"contralateral_weight": 0.0},
-    SHIPPED: {},
+    STEPS: {},
     "1, 2, 3, 4, w = 0.75": {"contralateral_weight": 0.75},
 }
 
@@ -76,12 +76,13 @@ def main() -> None:
         above.fit([(volume["map"].float(), volume["brain"]) for volume in healthy])
         for volume in (*healthy, *(volume for _, volume in measured)):
             volume["map"] = above(volume["map"].float(), volume["brain"])
-    variants = {SHIPPED: None} if baseline else VARIANTS
+    variants = {RAW: None} if baseline else VARIANTS
     rows = {name: measure(settings, healthy, measured) for name, settings in variants.items()}
     for name, sites in rows.items():
         for site, row in sites.items():
             print(name, site, *(f"{key} {cell(value)}" for key, value in row.items()))
     about = {"key": arguments.method, "standardised": not arguments.as_learned, "calibrated_on": len(healthy)}
+    about["shipped"] = RAW if baseline or "normalisation" not in volumes.config else STEPS
     about |= {"weights_sha256": None if baseline else volumes.weights_sha256, "seed": 0, "versions": versions()}
     write_result(about | {"variants": rows}, arguments.output)
 
