@@ -150,14 +150,14 @@ def strokes(tmp_path_factory, save_nifti):
         save_nifti(folder / "masks" / f"{name}.nii.gz", mask, affine)
     options = ["--lesions", "chronic_stroke", "--lesions", "acute_stroke", "--min-ml", "1"]
     options += ["--chronic-stroke", str(folder / "masks"), "--acute-stroke", str(folder / "masks" / "large.nii.gz")]
-    arguments = ["cohort", "novosibirsk-lesions", str(folder), "-o", str(folder / "out"), *options]
-    done = CliRunner().invoke(app, arguments)
+    output = tmp_path_factory.mktemp("strokes") / "out"
+    done = CliRunner().invoke(app, ["cohort", "novosibirsk-lesions", str(folder), "-o", str(output), *options])
     assert done.exit_code == 0, done.output
-    return subject, folder / "out"
+    return subject, output, folder / "masks"
 
 
 def test_each_kind_of_stroke_is_a_row_with_its_site(strokes):
-    subject, output = strokes
+    subject, output, _ = strokes
     items = read_cohort(output / "cohort.csv", ["T1"], "test")
     assert [item["subject"] for item in items] == [subject, f"{subject}-chronic_stroke", f"{subject}-acute_stroke"]
     assert {item["site"] for item in items} == {"novosibirsk"}
@@ -166,7 +166,7 @@ def test_each_kind_of_stroke_is_a_row_with_its_site(strokes):
 
 def test_masks_go_where_they_are_in_mni(strokes):
     """The subject is the template: after the registration the large mask lies where it was, and is much darker."""
-    subject, output = strokes
+    subject, output, _ = strokes
     image, label = (nib.load(output / f"{subject}-chronic_stroke_{name}.nii.gz") for name in ("T1", "lesion"))
     mask = np.asarray(label.dataobj) > 0
     assert mask.sum() * abs(np.linalg.det(label.affine)) / 1000 == pytest.approx(46.7, rel=0.25)
@@ -188,7 +188,7 @@ def test_masks_go_where_they_are_in_mni(strokes):
     ],
 )
 def test_masks_that_cannot_be_used_are_one_line(images, strokes, tmp_path, options, said):
-    masks = strokes[1].parent / "masks"
+    masks = strokes[2]
     done = make(images, tmp_path / "out", *[str(masks) if option == "MASKS" else option for option in options])
     assert done.exit_code == 3 and said in done.stderr and len(done.stderr.strip().splitlines()) <= 2
     assert not (tmp_path / "out").exists()

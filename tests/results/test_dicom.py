@@ -281,7 +281,8 @@ def test_nifti_input_has_its_results_without_the_objects(save_nifti, phantom, tm
     scan = save_nifti(tmp_path / "scan.nii.gz", phantom.on_grid(shape, affine)[0], affine)
     code, row, files, record = detect(scan, tmp_path / "out", "--force")
     assert (code, row["status"]) == (3, "DicomError")
-    assert "no DICOM series, which DICOM results would refer to; give a DICOM folder, or give --format nifti" in row["message"]
+    advice = "give a DICOM folder, or give --format nifti"
+    assert f"no DICOM series, which DICOM results would refer to; {advice}" in row["message"]
     assert {"anomaly_map.nii.gz", "run.json"} < files
     assert record["warnings"][-1] == row["message"]
 

@@ -30,6 +30,7 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     override = {
         "preprocessing::canvas": 32,
+        "preprocessing::brain_volume_ml": [10, 2300],  # cylinders of 22 ml
         "autoencoder": {
             "_target_": "common.networks.binary_autoencoder.StridedBinaryAutoencoder",
             "channels": [8, 8],

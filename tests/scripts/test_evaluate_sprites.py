@@ -55,11 +55,12 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    """Three heads of 100 with a brighter square on one side, not the same in any slice, and three clean ones."""
+    """Three heads of 95 to 105 with a brighter square on one side, not the same in any slice, and three clean ones."""
     folder = tmp_path_factory.mktemp("sprites")
     affine = np.diag([-4.0, -4.0, 5.0, 1.0])
-    head = np.hypot(*(np.indices((64, 64)) - 31.5)) < 24
-    clean = np.repeat(np.where(head, 100, 25)[..., None], 3, axis=2).astype(np.uint8)
+    rows, columns = np.indices((64, 64))
+    head = np.hypot(rows - 31.5, columns - 31.5) < 24
+    clean = np.repeat(np.where(head, 95 + (2 * rows + 3 * columns) % 11, 25)[..., None], 3, axis=2).astype(np.uint8)
     sprites = np.zeros_like(clean)
     for place in range(3):
         sprites[20:28, 24 + 4 * place : 32 + 4 * place, place] = 1
