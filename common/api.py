@@ -6,13 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk  # noqa: N813 - its own name for itself
 import torch
-from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.utils import SpaceKeys
 from nibabel.spatialimages import SpatialImage
@@ -26,7 +25,7 @@ from .results.case import Case, as_nifti, case_record, find_lesions, numbered
 from .transforms.load import check_placement, check_voxels, from_nibabel, load_image, stack
 from .weights import load_into
 from .workflows.batch import CaseRunner
-from .workflows.engines import cases
+from .workflows.inference import KeepDetections
 
 IN_MEMORY = "image"  # how an image without a file is named
 
@@ -86,17 +85,14 @@ class Detector:
             "preprocessing::register": register,
         }
         override = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
-        override |= {"network_def::seed": seed, "network_def::batch_size": batch_size, "evaluator::val_handlers": []}
-        self._found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        override |= {"network_def::seed": seed, "network_def::batch_size": batch_size}
+        override["task::_target_"] = f"{KeepDetections.__module__}.{KeepDetections.__name__}"
         with typed_errors():
             workflow = load_workflow(bundle, ["inference.json"], **override)  # `initialize` would set a hook for errors
             self._runner = CaseRunner(workflow)
             content = workflow.parser.get_parsed_content
             load_into(content("network_def"), content("weights"))
-        self._runner.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._keep)
-
-    def _keep(self, engine: Engine) -> None:
-        self._found.extend(cases(engine))
+        self._kept = cast(KeepDetections, self._runner.saver)
 
     def __call__(
         self,
@@ -126,10 +122,10 @@ class Detector:
         item: dict[str, Any] = {"subject": subject, "image": _loadable(images, affine, series)}
         item |= {} if brain is None else {"brain": _loadable([brain], affine, None)}
         item |= {} if series is None else {"series": series}
-        self._found.clear()
+        self._kept.found.clear()
         with typed_errors():
             self._runner(item)
-        batch, output = self._found.pop()
+        batch, output = self._kept.found.pop()
         return self._detection(subject, batch, output, started)
 
     def _detection(
@@ -138,7 +134,7 @@ class Detector:
         volumes = {name: output[name] for name in ("anomaly_map", "segmentation", "reconstruction")}
         case = Case(subject=subject, image=batch["input"], brain=batch["brain"], **volumes)
         lesions = find_lesions(case)
-        run = self._runner.saver.run_record(batch, self._runner.evaluator.state.device)
+        run = self._kept.run_record(batch, self._runner.evaluator.state.device)
         run["seconds"] = round(time.perf_counter() - started, 3)
         images = {name: as_nifti(volume, case.affine) for name, volume in volumes.items()}
         return Detection(

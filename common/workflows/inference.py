@@ -162,6 +162,20 @@ class SaveDetections:
                 raise failure  # what was asked for is not all there
 
 
+class KeepDetections(SaveDetections):
+    """Keeps what is found in memory, in place of writing it: `found` are the items of the cases with their outputs."""
+
+    def attach(self, evaluator: DetectionEvaluator) -> None:
+        """Add the handler to an evaluator."""
+        self.evaluator = evaluator
+        self.found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Keep the cases of the batch."""
+        self.found.extend(cases(engine))
+
+
 def said(warning: str | None) -> list[str]:
     """The warning as a list, after it was written to stderr; empty for None."""
     if warning is None:

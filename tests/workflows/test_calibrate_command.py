@@ -17,7 +17,7 @@ from common.cli import app
 from common.cohorts.table import write_cohort
 from common.errors import CohortError
 from common.weights import load_weights, save_weights
-from common.workflows.calibrate import healthy_cases
+from common.workflows.calibrate import Calibrate, healthy_cases
 
 SHIPPED = BUNDLES_DIR / "dae" / "models" / "model.pt"
 THIN = "preprocessing::brain_volume_ml=[1,2300]"  # of the ten slices of a thin brain
@@ -121,7 +121,8 @@ def test_a_method_with_a_threshold_of_its_own_fits_it_on_the_same_scans(healthy,
     monkeypatch.setattr("common.methods.auto_ddpm.AutoDDPM.fit_threshold", lambda self, batches: given.extend(batches))
     monkeypatch.setattr("common.workflows.engines.DetectionEvaluator.run", lambda self: None)
     tasks = []
-    monkeypatch.setattr("common.workflows.calibrate.Calibrate.attach", lambda self, engine: tasks.append(self))
+    attach = Calibrate.attach
+    monkeypatch.setattr(Calibrate, "attach", lambda self, engine: (tasks.append(self), attach(self, engine)))
     result = calibrate(healthy, tmp_path / "mine.pt", method="auto_ddpm")
     assert result.exit_code == 0, result.output
     tasks[0].start(None)
