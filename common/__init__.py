@@ -5,19 +5,15 @@ From Python: `detect(image, "dae")`, or `load_detector("dae")`, which is loaded 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .api import Detection, Detector, detect, load_detector
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["Detection", "Detector", "detect", "load_detector"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported at first use: `import common` alone costs nothing."""
+    """The public names, imported at first use: `import common` alone costs nothing, and exported bundles go without."""
     if name in __all__:
-        from . import api
-
-        return getattr(api, name)
+        return getattr(importlib.import_module(f"{__name__}.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

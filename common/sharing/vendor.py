@@ -70,8 +70,7 @@ def vendored_files(configs: Mapping[str, bytes]) -> dict[str, bytes]:
             path = _file(name[:length])
             if path is not None and path not in found:
                 found[path] = path.read_bytes()
-                if name[:length]:  # what the package itself shows is for Python, not for a bundle
-                    waiting += _imports(ast.parse(found[path]), path.relative_to(PACKAGE).parent.parts)
+                waiting += _imports(ast.parse(found[path]), path.relative_to(PACKAGE).parent.parts)
     texts = b"\n".join([*configs.values(), *found.values()])
     for path in PACKAGE.rglob("*"):
         if path.suffix not in {"", ".py", ".pyc"} and path.name.encode() in texts:
