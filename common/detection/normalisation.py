@@ -128,9 +128,10 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         self.scale_quantiles.copy_(torch.quantile(scales, levels))
         values = []
         for subject in subjects:
-            others = self.atlas.float().cpu() if keep else mean_of(total - subject.total, count - subject.count)
-            expected = others if self.healthy_atlas else None
-            values.append(self._compare(subject.z, subject.brain, expected)[subject.brain])
+            others = None
+            if self.healthy_atlas:
+                others = self.atlas.float().cpu() if keep else mean_of(total - subject.total, count - subject.count)
+            values.append(self._compare(subject.z, subject.brain, others)[subject.brain])
         if self.healthy_atlas and not keep:
             self.atlas.copy_(mean_of(total, count))
         return values

@@ -1,4 +1,4 @@
-"""Handlers that look at a whole cohort: calibration on healthy subjects, evaluation against lesion masks."""
+"""The handler that measures a bundle on a labelled cohort, and the baselines beside it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ from ..transforms.postprocess import intensity_unit, intensity_zero, to_input_gr
 from .engines import DetectionEvaluator, cases
 from .inference import said
 from .run_time import RunTime
-
-BATCH_SIZE = 16  # slices at a time
 
 
 @dataclass(frozen=True)

@@ -143,9 +143,8 @@ class SaveDetections:
                 to_mni=np.asarray(batch["to_mni"]) if "to_mni" in batch else None,
                 find_series=partial(source_series, batch["input"]) if self._wants_dicom(result) else None,
             )
-            run = {
-                **(about := self.run_record(batch, engine.state.device)),  # type: ignore[attr-defined]
-                "warnings": [*about["warnings"], *said(self._withheld(case.subject, result))],
+            run = self.run_record(batch, engine.state.device) | {  # type: ignore[attr-defined]
+                "warnings": [*self.warnings, *said(self._withheld(case.subject, result))],
                 "image": str(Path(source_name(batch["input"])).absolute()),  # for the report, which shows the scan
                 "seconds": round(time.perf_counter() - self._started, 3),
             }
