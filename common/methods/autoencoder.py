@@ -15,6 +15,9 @@ class AutoencoderObjective(TrainingObjective):
     The published kl-f8 adds LPIPS and a patch discriminator; both need downloaded weights or a second network, and
     the map of the latent methods compares two decoder outputs, in which the autoencoder's blur cancels.
 
+    Every term is a mean over the pixels of the image: the KL divergence is summed over the latent and divided by the
+    number of pixels. The published code sums both terms instead, so that the same `kl_weight` means the same ratio.
+
     Args:
         latent_space: the `LatentSpace` whose autoencoder is trained here.
         kl_weight: 1e-6 as published.
@@ -36,6 +39,6 @@ class AutoencoderObjective(TrainingObjective):
         target = images * 2 - 1
         reconstruction, mean, std = self.autoencoder(target)
         difference = reconstruction - target
-        kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).flatten(1).sum(1).mean()
+        kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).sum() / target.numel()
         l1, l2 = difference.abs().mean(), difference.square().mean()
         return {"loss": l1 + 2 * l2 + self.kl_weight * kl, "l1": l1, "l2": l2, "kl": kl}

@@ -135,5 +135,5 @@ class StridedBinaryAutoencoder(BernoulliAutoencoder):
 class BinaryLatentSpace(LatentSpace):
     """The latent space of a `BernoulliAutoencoder`: `posterior` gives P(z = 1) first, and bits are never scaled."""
 
-    def fit_scale(self, mean: Tensor) -> None:
+    def fit_scale(self, mean: Tensor, foreground: Tensor) -> None:
         """Nothing: the scale stays 1."""

@@ -179,12 +179,12 @@ class SaveAutoencoder(_WhenCompleted):
         space.autoencoder.load_state_dict(objective.autoencoder.state_dict())
         device, count = space.scale.device, len(cast(Sized, dataset))
         some = Subset(dataset, range(0, count, -(-count // SLICES_FOR_SCALE)))
+        means, foregrounds = [], []
         with torch.no_grad():
-            means = [
-                space.autoencoder.encode(batch["image"].to(device) * 2 - 1)[0]
-                for batch in DataLoader(some, batch_size=64)
-            ]
-        space.fit_scale(torch.cat(means))
+            for batch in DataLoader(some, batch_size=64):
+                means.append(space.autoencoder.encode(batch["image"].to(device) * 2 - 1)[0])
+                foregrounds.append(batch["foreground"].to(device))
+        space.fit_scale(torch.cat(means), torch.cat(foregrounds))
         save_weights(space.state_dict(), self.path)
 
 

@@ -33,12 +33,22 @@ def test_reconstruction_terms():
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.7, 1.0), (0.0, 0.3), (-1.5, 2.0)])
-def test_kl_is_that_of_two_normal_distributions_summed_over_the_latent(mean, std):
+def test_kl_is_that_of_two_normal_distributions_summed_over_the_latent_per_pixel(mean, std):
     losses = objective(Shifted(mean=mean, std=std), kl_weight=0.1)(torch.rand(2, 1, 8, 8))
     posterior, prior = torch.distributions.Normal(mean, std), torch.distributions.Normal(0.0, 1.0)
-    expected = 12 * torch.distributions.kl_divergence(posterior, prior).item()
+    expected = 12 * torch.distributions.kl_divergence(posterior, prior).item() / 64
     assert losses["kl"].item() == pytest.approx(expected, rel=1e-5)
     assert losses["loss"].item() == pytest.approx(0.1 * expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_kl_and_reconstruction_have_the_published_ratio(batch):
+    """The published code sums both over an image: kl_weight * sum(KL) against sum(L1)."""
+    images = torch.zeros(batch, 1, 8, 8)
+    losses = objective(Shifted(error=0.5, mean=2.0), kl_weight=1e-6)(images)
+    l1_sum, kl_sum = 64 * 0.5, 12 * 2.0  # pixels; values of the latent, mean**2 / 2 each
+    ratio = (1e-6 * losses["kl"] / losses["l1"]).item()
+    assert ratio == pytest.approx(1e-6 * kl_sum / l1_sum, rel=1e-5)
 
 
 def test_images_are_brightened_or_darkened_one_by_one_in_training_only():

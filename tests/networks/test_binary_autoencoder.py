@@ -156,7 +156,7 @@ def test_exchangeable_with_the_autoencoder_of_monai(network, method):
 @NETWORKS
 def test_latent_space_of_bits_is_never_scaled(build, downsampling):
     space, image = BinaryLatentSpace(build(), downsampling), torch.rand(2, 2, 8, 8)
-    space.fit_scale(torch.rand(100))
+    space.fit_scale(torch.rand(2, 4, 2, 2), torch.ones(2, 1, 8, 8, dtype=torch.bool))
     assert space.scale == 1
     p, _ = space.posterior(image)
     assert torch.equal(p, space.autoencoder.encode(image * 2 - 1)[0])

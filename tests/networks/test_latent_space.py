@@ -32,7 +32,7 @@ def test_fitted_scale_gives_latents_of_unit_deviation(spread):
     space = LatentSpace(Doubling(), 1)
     image = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * spread
     unscaled_std = space.posterior(image)[1]
-    space.fit_scale(space.autoencoder.encode(image * 2 - 1)[0])
+    space.fit_scale(space.autoencoder.encode(image * 2 - 1)[0], torch.ones_like(image, dtype=torch.bool))
     mean, std = space.posterior(image)
     assert float(mean.std()) == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close(std, unscaled_std * space.scale)
@@ -41,10 +41,31 @@ def test_fitted_scale_gives_latents_of_unit_deviation(spread):
 
 def test_scale_is_part_of_the_weights():
     space, other = LatentSpace(Doubling(), 1), LatentSpace(Doubling(), 1)
-    space.fit_scale(torch.randn(100) * 3)
+    space.fit_scale(torch.randn(2, 1, 8, 8) * 3, torch.ones(2, 1, 8, 8, dtype=torch.bool))
     other.load_state_dict(space.state_dict())
     assert torch.equal(other.scale, space.scale)
     assert other.scale != 1
+
+
+def test_each_channel_is_standardised_by_the_cells_of_the_brain():
+    generator = torch.Generator().manual_seed(0)
+    spread, offset = torch.tensor([0.5, 2.0])[:, None, None], torch.tensor([1.0, -3.0])[:, None, None]
+    z = torch.randn(4, 2, 8, 8, generator=generator) * spread + offset
+    foreground = torch.zeros(4, 1, 16, 16, dtype=torch.bool)
+    foreground[..., 4:12, 4:12] = True
+    z[..., :2, :] = 100.0  # what the background holds does not count
+
+    space = LatentSpace(Doubling(), 2, standardised_channels=2)
+    space.fit_scale(z, foreground)
+    inside = ((z - space.shift) * space.scale)[..., 2:6, 2:6].movedim(1, 0).flatten(1)
+    torch.testing.assert_close(inside.mean(1), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inside.std(1), torch.ones(2), atol=1e-5, rtol=0)
+
+    image = torch.rand(1, 2, 8, 8, generator=generator)
+    torch.testing.assert_close(space.decode(space.posterior(image)[0]), image)
+    other = LatentSpace(Doubling(), 2, standardised_channels=2)
+    other.load_state_dict(space.state_dict())
+    assert torch.equal(other.shift, space.shift)
 
 
 @pytest.mark.parametrize(
