@@ -135,11 +135,14 @@ class Calibrate:
                 raise CohortError(batch["subject"], f"is the same image as {first}", "give each subject once")
 
     def finish(self, engine: Engine) -> None:
-        """Fit, and write the weights. Raises OutputError."""
+        """Fit, and write the weights. Raises OutputError; BundleError where no threshold would mean anything."""
         network = self.network
         keeps_atlas = network.normalisation is not None and network.normalisation.keeps_atlas(len(self.healthy))
         values = self.values if network.normalisation is None else network.normalisation.fit(self.healthy)
         threshold = threshold_of(values, self.false_positive_share)
+        if not threshold > 0:  # a map is never below 0, so that all of a brain would be above it
+            fact = f"of the healthy maps, {1 - self.false_positive_share:g} of all values are at most {threshold:g}"
+            raise BundleError(self.weights, fact, "train it on, or calibrate with a smaller false_positive_share")
         network.calibration.fit(
             threshold,
             self.false_positive_share,

@@ -17,7 +17,7 @@ from common.detection.fingerprint import of_map
 from common.detection.normalisation import ATLAS_SUBJECTS, WithinSubjectNormalisation
 from common.detection.volume import VolumeDetector
 from common.diffusion.gaussian import GaussianScheduler
-from common.errors import CohortError
+from common.errors import BundleError, CohortError
 from common.methods.latent_ddpm import LatentDDPM
 from common.networks.latent_space import LatentSpace
 from common.networks.vq_autoencoder import VQAutoencoder
@@ -146,6 +146,15 @@ def test_subject_with_a_lesion_is_refused_and_nothing_is_written(weights):
         calibrate(network(), path, [one_to_hundred(), one_to_hundred(subject="sub-7", lesion="lesion.nii.gz")])
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["model.pt"]
+
+
+def test_maps_that_are_zero_give_no_threshold_and_nothing_is_written(weights, tmp_path):
+    path = weights(network())
+    before = path.read_bytes()
+    with pytest.raises(BundleError, match=r"0\.99 of all values are at most 0.*train it on"):
+        calibrate(network(), path, [subject(torch.zeros(SHAPE), subject=name) for name in "abcd"])
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_threshold_is_that_of_the_normalised_map(weights):
