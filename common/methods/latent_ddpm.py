@@ -59,6 +59,8 @@ class LatentDDPM(AnomalyDetector):
             With all, the rim of a brain that is larger than most is unlikely, because there the others are empty.
         known: what the reverse process sees outside the mask: the "clean" latent (paper), or that "noised" to t as in
             RePaint, which is what the network was trained with.
+        map_kind: "residual" (paper): |x - x'| within the mask. "kl": the KL value of each location in units of its
+            threshold, upsampled; the reconstruction is found as before.
         sigma_px: smoothing of the upsampled mask; the paper gives none, half a cell at f = 4. 0 for none.
         num_score_timesteps: t of the image-level score, spread over the whole chain; T - 1 is all of it. 0: the mean of
             the map's highest 1 % instead, which costs no pass through the network.
@@ -83,6 +85,7 @@ class LatentDDPM(AnomalyDetector):
         percentile: float = 97.5,
         threshold_over: Literal["all", "foreground"] = "all",
         known: Literal["clean", "noised"] = "clean",
+        map_kind: Literal["residual", "kl"] = "residual",
         sigma_px: float = 2.0,
         num_score_timesteps: int = 50,
         max_batch: int = 256,
@@ -106,6 +109,7 @@ class LatentDDPM(AnomalyDetector):
         self.percentile = percentile
         self.threshold_over = threshold_over
         self.known = known
+        self.map_kind = map_kind
         self.sigma_px = sigma_px
         self.num_score_timesteps = num_score_timesteps
         self.max_batch = max_batch
@@ -124,9 +128,15 @@ class LatentDDPM(AnomalyDetector):
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         z0, _ = self.latent_space.posterior(image)
         everywhere = torch.ones_like(z0[:, :1])
-        mask = everywhere if self.variant == "a" else self.unlikely(self.kl_map(z0, generators, self.kl_timesteps))
+        if self.variant == "a" and self.map_kind == "residual":
+            mask = everywhere
+        else:
+            kl = self.kl_map(z0, generators, self.kl_timesteps)
+            mask = self.unlikely(kl)
         z = self.heal(z0, everywhere if self.variant in ("a", "b") else mask, generators)
         reconstruction = self.latent_space.decode(z)
+        if self.map_kind == "kl":
+            return F.interpolate(self.over_threshold(kl), image.shape[2:], mode="bilinear"), reconstruction
         return masked_residual(image, reconstruction, mask, self.sigma_px), reconstruction
 
     def kl_map(self, z0: Tensor, generators: list[torch.Generator], timesteps: Sequence[int]) -> Tensor:
@@ -143,7 +153,15 @@ class LatentDDPM(AnomalyDetector):
         return total / len(timesteps)
 
     def unlikely(self, v: Tensor) -> Tensor:
-        """m = 1 where v reaches the threshold of its location: (B, h, w) -> (B, 1, h, w) in {0, 1}.
+        """m = 1 where v reaches the threshold of its location: (B, h, w) -> (B, 1, h, w) in {0, 1}."""
+        return (v >= self.threshold_for(v)).to(v.dtype)[:, None]
+
+    def over_threshold(self, v: Tensor) -> Tensor:
+        """v in units of the threshold of its location: (B, h, w) -> (B, 1, h, w) float32, 1 at the threshold."""
+        return (v / self.threshold_for(v).clamp(min=torch.finfo(v.dtype).tiny)).float()[:, None]
+
+    def threshold_for(self, v: Tensor) -> Tensor:
+        """The threshold of each location of v (B, h, w), (h, w).
 
         Latents of another size are taken to have the same centre; beyond the rim its thresholds are repeated.
         """
@@ -151,7 +169,7 @@ class LatentDDPM(AnomalyDetector):
             (torch.arange(size, device=v.device) - (size - fitted) // 2).clamp(0, fitted - 1)
             for size, fitted in zip(v.shape[1:], self.threshold.shape, strict=True)
         )
-        return (v >= self.threshold[rows][:, columns]).to(v.dtype)[:, None]
+        return self.threshold[rows][:, columns]
 
     def heal(self, z0: Tensor, mask: Tensor, generators: list[torch.Generator]) -> Tensor:
         """The reverse process where the mask is 1, from noise of level `healing_start`; elsewhere z0 stays.

@@ -93,6 +93,20 @@ def test_kl_map_is_the_mean_over_timesteps_and_channels_with_one_noise(monkeypat
             torch.testing.assert_close(z, expected)
 
 
+@pytest.mark.parametrize("variant", ["b", "c"])
+def test_kl_as_the_map_is_one_at_the_threshold_of_its_location(variant):
+    detector, images = tiny(variant=variant, map_kind="kl"), slices()
+    found = detector.detect(images, seeds=torch.tensor([7, 8, 9]))
+    z0, _ = detector.latent_space.posterior(images)
+    with torch.no_grad():
+        kl = detector.kl_map(z0, generators(7, 8, 9), detector.kl_timesteps)
+    expected = F.interpolate((kl / detector.threshold).float()[:, None], images.shape[2:], mode="bilinear")
+    torch.testing.assert_close(found.anomaly_map, expected * (images > 0).any(1, keepdim=True))
+    assert torch.equal(detector.over_threshold(kl) >= 1, detector.unlikely(kl) == 1)
+    residual = tiny(variant=variant).detect(images, seeds=torch.tensor([7, 8, 9]))
+    torch.testing.assert_close(found.reconstruction, residual.reconstruction)
+
+
 def test_fresh_noise_is_another_for_each_t_and_slice_whatever_the_batch():
     z0, maps = torch.randn(2, 2, 4, 4, generator=generators(9)[0]), []
     for max_batch in (1, 4, 256):
