@@ -9,7 +9,7 @@ times the map that was masked. It is exactly 0 outside the mask, so a lesion tha
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,7 @@ class AutoDDPM(DDPM):
     Args:
         unet, symmetric, settings: of the coarse reconstruction, see `DDPM`; here the network sees [0, 1] by default.
         perceptual: map (B, 1, H, W) >= 0 of two images in [0, 1]; None for 1 everywhere. The published one is
-            `LPIPSMap`; `SSIMMap` needs no weights.
+            `LPIPSMap`; `SSIMMap` needs no weights, `FeatureMap` uses a network of the bundle.
         threshold: of residual times perceptual map; 0.13 belongs to `LPIPSMap`. Negative: the 95th percentile of each
             slice, which masks 5 % of every one, also healthy. `fit_threshold` sets it for any perceptual map.
         stitch_level: T, the 0-based index that the masked part is noised to.
@@ -189,6 +189,44 @@ class SSIMMap(Recorded, nn.Module):
         return ((1 - ssim) / 2).clamp(0, 1).mean(dim=1, keepdim=True)
 
 
+class FeatureMap(Recorded, nn.Module):
+    """Difference of a frozen network's features, as in LPIPS, all channels of equal weight, mean over the layers.
+
+    Args:
+        network: trained on the same healthy slices, its images in [-1, 1]; it is stored with the detector's weights.
+        layers: names of submodules whose outputs (B, C', h, w) are compared.
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__()
+        if unknown := set(layers) - {name for name, _ in network.named_modules()}:
+            raise SettingError("layers", f"the network has no {', '.join(sorted(unknown))}", "name its submodules")
+        self.layers = list(layers)
+        self.network = network.requires_grad_(False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> (B, 1, H, W) in [0, 4]."""
+        pairs = [features.chunk(2) for features in self.features(torch.cat([a, b]) * 2 - 1)]
+        return feature_difference(pairs, a.shape[2:]) / len(pairs)
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Outputs of the layers."""
+        found = dict[str, Tensor]()
+        modules = dict(self.network.named_modules())
+
+        def keep(name: str) -> Any:
+            return lambda module, inputs, output: found.update({name: output})
+
+        hooks = [modules[name].register_forward_hook(keep(name)) for name in self.layers]
+        try:
+            self.network(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [found[name] for name in self.layers]
+
+
 class LPIPSMap(Recorded, nn.Module):
     """The published map: LPIPS v0.1, SqueezeNet, spatial, learned heads (Zhang et al. 2018); package `lpips`.
 
@@ -234,6 +272,23 @@ class LPIPSMap(Recorded, nn.Module):
             a, b = a * 2 - 1, b * 2 - 1
         planes = (v.flatten(0, 1)[:, None].expand(-1, 3, -1, -1) for v in (a, b))
         return self.lpips(*planes, normalize=True).unflatten(0, a.shape[:2]).mean(dim=1)
+
+
+def feature_difference(
+    pairs: Sequence[tuple[Tensor, ...]], size: torch.Size, weights: Sequence[Tensor] | None = None
+) -> Tensor:
+    """LPIPS: sum over layers of the weighted squared difference of channel-normalised features, at (H, W).
+
+    pairs: two of (B, C', h, w) per layer;  weights: (C',) per layer, 1 where there are none. Returns (B, 1, H, W).
+    """
+    total: Any = 0.0
+    for layer, pair in enumerate(pairs):
+        a, b = (f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in pair)
+        square = (a - b).square()
+        if weights is not None:
+            square = square * weights[layer].view(1, -1, 1, 1)
+        total = total + F.interpolate(square.sum(1, keepdim=True), size, mode="bilinear", align_corners=False)
+    return total
 
 
 def percentile95(values: Tensor) -> Tensor:

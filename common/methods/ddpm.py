@@ -42,7 +42,7 @@ class DDPM(AnomalyDetector):
         level: L, 1 ... 1000. More removes larger lesions; AutoDDPM's tables go from 50 to 300.
         num_inference_steps: calls of the network in a DDIM walk with even strides; None for every index, ancestrally.
         eta: stochasticity of the DDIM walk; 0 draws no noise, 1 the posterior's.
-        forward_noise, reverse_noise: Gaussian by default.
+        forward_noise, reverse_noise: Gaussian by default; a method may bring its own, as AnoDDPM does.
         residual: "absolute" or "squared", the mean over channels, of images in [0, 1].
         symmetric: the network sees [-1, 1]; False: [0, 1] (AutoDDPM's code), so that the dark side is not clipped.
         median_size: side of a median window over the map, odd; 1, as published, for none.

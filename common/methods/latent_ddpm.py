@@ -61,7 +61,7 @@ class LatentDDPM(AnomalyDetector):
         sigma_px: smoothing of the upsampled mask; the paper gives none, half a cell at f = 4. 0 for none.
         num_score_timesteps: t of the image-level score, spread over the whole chain; T - 1 is all of it. 0: the mean of
             the map's highest 1 % instead, which costs no pass through the network.
-        max_batch: latents in one pass through the network, by the memory of the device; the rest is done in parts.
+        max_batch: latents in one pass through the network; what does not fit is done in parts.
     """
 
     threshold: Tensor

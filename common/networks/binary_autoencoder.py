@@ -56,6 +56,7 @@ class BinaryAutoencoder(BernoulliAutoencoder):
         latent_channels: bits a cell, N.
         embedding_channels: a cell enters the decoder as the sum of the embeddings of its ones.
         num_res_blocks: residual blocks on each level.
+        norm_num_groups: of the group norm; a divisor of every width.
     """
 
     def __init__(

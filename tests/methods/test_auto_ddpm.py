@@ -15,10 +15,13 @@ from common.errors import BundleError, SettingError
 from common.methods.auto_ddpm import (
     AutoDDPM,
     AutoDDPMObjective,
+    FeatureMap,
     LPIPSMap,
     SSIMMap,
     exceeded_by,
+    feature_difference,
 )
+from common.networks.strided_autoencoder import StridedAutoencoderKL
 from common.weights import save_weights
 
 FAST = {"level": 20, "num_inference_steps": 2, "stitch_level": 4, "n_resample": 2}
@@ -214,6 +217,14 @@ def test_threshold_that_few_healthy_pixels_exceed(share):
     assert 0 <= g[f"th_at_{100 * share:.0f}pct"].item() - smallest < 0.0011
 
 
+def test_lpips_from_features():
+    g = golden("auto_ddpm/lpips_head")
+    pairs = [(g[f"feat_a{i}"], g[f"feat_b{i}"]) for i in range(3)]
+    weights = [g[f"lin_w{i}"] for i in range(3)]
+    result = feature_difference(pairs, torch.Size((16, 16)), weights)
+    torch.testing.assert_close(result, g["lpips_spatial_sum"], atol=1e-6, rtol=1e-5)
+
+
 # --- the contract and the options ---
 
 
@@ -349,6 +360,29 @@ def test_ssim_map():
     assert SSIMMap()(a, a).max() < 1e-6
     colours = torch.cat([a, b], dim=1)
     torch.testing.assert_close(SSIMMap(5)(colours, colours.flip(1)), result, atol=1e-5, rtol=0)
+
+
+def test_features_of_the_bundles_own_encoder():
+    torch.manual_seed(0)
+    encoder = StridedAutoencoderKL(channels=(4, 8), num_res_layers=1).encoder
+    layers = ["blocks.0", "blocks.2"]
+    perceptual = FeatureMap(encoder, layers)
+    a, b = slices(), slices().flip(0)
+    result = perceptual(a, b)
+    assert result.shape == (3, 1, 16, 16)
+    assert 1e-3 < result.max() <= 4
+    assert perceptual(a, a).max() < 1e-9
+    seen = [encoder.blocks[0](v * 2 - 1) for v in (a, b)]
+    deeper = [encoder.blocks[2](encoder.blocks[1](v)) for v in seen]
+    torch.testing.assert_close(result, feature_difference([seen, deeper], a.shape[2:]) / 2)
+    detector = AutoDDPM(Stub(), perceptual=perceptual, **FAST)
+    assert any(name.startswith("perceptual.network.blocks") for name in detector.state_dict())
+    assert not any(p.requires_grad for p in detector.perceptual.parameters())
+
+
+def test_layer_that_is_not_there_is_refused():
+    with pytest.raises(SettingError, match="the network has no down"):
+        FeatureMap(unet(), ["down"])
 
 
 class FakeLPIPS(nn.Module):
