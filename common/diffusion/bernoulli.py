@@ -17,36 +17,35 @@ class BernoulliScheduler(Recorded, nn.Module):
     Index t = 0 .. T - 1 stands for the paper's t + 1, and -1 for the clean end, where alpha_bar is 1. All randomness
     comes in as `u`, uniform in [0, 1). Probabilities are float64: (1 - alpha) / 2 loses 3 to 4 digits in float32.
 
+    The schedule is the published one: T = 1000, linear from 1e-4 to 0.02.
+
     Args:
-        num_train_timesteps: T.
-        beta_start, beta_end: ends of the linear schedule.
-        forward_process: "symmetric" is the paper's, z_t = z0 XOR B((1 - alpha_bar_t) / 2). "zero_absorbing" is what the
-            published code samples, z_t ~ B(alpha_bar_t z0), while its reverse steps are symmetric, as they are here.
         soft_z0: what a prediction z0 in (0, 1) means in the posterior. "marginalised": q(z_s | z_t, z0) is averaged
             over z0 ~ B(prediction), which is the reverse process of a network that knows P(z0 | z_t). "inserted": the
             prediction takes the place of z0 in Bayes' formula, as in the paper and its code; what z_t says of z0 then
             counts twice, and noise remains. For a binary z0 both are the same.
+        reference: "paper", z_t = z0 XOR B((1 - alpha_bar_t) / 2). "code" is what the published program does: it samples
+            z_t ~ B(alpha_bar_t z0), while its reverse steps are symmetric, as they are here; and `BerDiff` then noises
+            and ends as that program.
     """
+
+    num_train_timesteps = 1000
 
     alphas: Tensor
     alpha_bar: Tensor
 
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        forward_process: Literal["symmetric", "zero_absorbing"] = "symmetric",
         soft_z0: Literal["marginalised", "inserted"] = "marginalised",
+        reference: Literal["paper", "code"] = "paper",
     ) -> None:
         super().__init__()
-        self.num_train_timesteps = num_train_timesteps
-        self.forward_process = forward_process
         self.soft_z0 = soft_z0
-        alphas = 1 - torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
+        self.reference = reference
+        alphas = 1 - torch.linspace(1e-4, 0.02, self.num_train_timesteps, dtype=torch.float64)
         self.register_buffer("alphas", alphas, persistent=False)
         self.register_buffer("alpha_bar", alphas.cumprod(0), persistent=False)
-        self.set_timesteps(num_train_timesteps)
+        self.set_timesteps(self.num_train_timesteps)
 
     def set_timesteps(self, num_inference_steps: int, L: int | None = None) -> None:
         """Set `timesteps`: from index L - 1 (default: T - 1) down, in jumps as even as integers allow.
@@ -61,17 +60,17 @@ class BernoulliScheduler(Recorded, nn.Module):
         self.timesteps = [L * k // num_inference_steps - 1 for k in range(num_inference_steps, 0, -1)]
 
     def probability(self, z0: Tensor, t: Tensor) -> Tensor:
-        """P(z_t = 1 | z0), eq. 2: alpha_bar_t z0 + (1 - alpha_bar_t) / 2, float64; without the summand if absorbing.
+        """P(z_t = 1 | z0), eq. 2: alpha_bar_t z0 + (1 - alpha_bar_t) / 2, float64; without the summand in the code.
 
         z0: (B, ...) in {0, 1};  t: (B,) int64 in [0, T).
         """
         alpha_bar = self.alpha_bar[t].view(-1, *[1] * (z0.ndim - 1))
-        towards = (1 - alpha_bar) / 2 if self.forward_process == "symmetric" else 0
+        towards = (1 - alpha_bar) / 2 if self.reference == "paper" else 0
         return alpha_bar * z0 + towards
 
     def add_noise(self, z0: Tensor, u: Tensor, t: Tensor) -> Tensor:
         """z_t of the shape and dtype of z0, in {0, 1}. z0: (B, ...) in {0, 1};  u: like z0;  t: (B,) in [0, T)."""
-        if self.forward_process == "symmetric":
+        if self.reference == "paper":
             flips = u < self.probability(torch.zeros_like(z0), t)
             return (z0 - flips.to(z0.dtype)).abs()
         return (u < self.probability(z0, t)).to(z0.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from monai.networks.schedulers.scheduler import NoiseSchedules
 from torch import Tensor, nn
 
 from ..errors import SettingError
@@ -32,8 +31,8 @@ class GaussianScheduler(Recorded, nn.Module):
 
     Args:
         num_train_timesteps: T; t = 0 .. T - 1 stands for the paper's t + 1.
-        schedule: MONAI's "linear_beta" or "scaled_linear_beta".
-        beta_start, beta_end: 1e-4 and 0.02 as in Ho et al., whom Pinaya et al. follow.
+        beta_start, beta_end: of a linear schedule; 1e-4 and 0.02 as in Ho et al., whom Pinaya et al. follow. The
+            comparator of Wolleb et al. has 0.0015 and 0.0195.
     """
 
     beta: Tensor
@@ -42,13 +41,12 @@ class GaussianScheduler(Recorded, nn.Module):
     def __init__(
         self,
         num_train_timesteps: int = 1000,
-        schedule: str = "linear_beta",
         beta_start: float = 1e-4,
         beta_end: float = 2e-2,
     ) -> None:
         super().__init__()
         self.num_train_timesteps = num_train_timesteps
-        beta = NoiseSchedules[schedule](num_train_timesteps, beta_start=beta_start, beta_end=beta_end).double()
+        beta = torch.linspace(beta_start, beta_end, num_train_timesteps).double()  # in float32 first, as MONAI's
         self.register_buffer("beta", beta, persistent=False)
         self.register_buffer("alpha_bar", torch.cumprod(1 - beta, dim=0), persistent=False)
 

@@ -21,25 +21,25 @@ def cosine_alpha_bar(num_train_timesteps: int, s: float = 0.008, max_beta: float
 
 
 class MaskedDDIMScheduler(Recorded, nn.Module):
-    """Masked forward process (eq. 2 to 4) and masked DDIM step (eq. 6, 7) of MAD-AD (arXiv 2502.16943).
+    """Masked forward process (eq. 1, 2) and masked DDIM step (eq. 6, 7) of MAD-AD (arXiv 2502.16943).
 
     Polarity as in the paper: mask = 1 where a cell is noised, and so where the reverse step may change it.
     The printed eq. 6 and 7 do not follow from the forward process; the coded formulas, which do, are used:
     eps = (z_t - sqrt(alpha_bar_t) z0) / sqrt(1 - alpha_bar_t), direction sqrt(1 - alpha_bar_prev - sigma^2).
+    T is 10 as in the paper; index i = 0 .. 9 stands for the paper's t = i + 1.
 
     Args:
-        num_train_timesteps: T; index i = 0 .. T - 1 stands for the paper's t = i + 1.
         eta: stochasticity; sigma = eta * (DDPM standard deviation). The paper's "sigma_t = 0.5" is eta = 0.5: a
             constant sigma of 0.5 would make the radicand of the direction negative at small t.
     """
 
     alpha_bar: Tensor
+    num_train_timesteps = 10
 
-    def __init__(self, num_train_timesteps: int = 10, eta: float = 0.5) -> None:
+    def __init__(self, eta: float = 0.5) -> None:
         super().__init__()
-        self.num_train_timesteps = num_train_timesteps
         self.eta = eta
-        self.register_buffer("alpha_bar", cosine_alpha_bar(num_train_timesteps), persistent=False)
+        self.register_buffer("alpha_bar", cosine_alpha_bar(self.num_train_timesteps), persistent=False)
 
     def timesteps(self, num_inference_steps: int) -> list[int]:
         """Descending indices 0, k, 2k, ... of an integer stride k, for example 5 steps of 10: [8, 6, 4, 2, 0].
@@ -54,7 +54,7 @@ class MaskedDDIMScheduler(Recorded, nn.Module):
         raise SettingError("num_inference_steps", fact, "choose a divisor")
 
     def add_noise(self, z0: Tensor, noise: Tensor, mask: Tensor, t: Tensor) -> Tensor:
-        """z_t = mask * (sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) noise) + (1 - mask) * z0, eq. 4.
+        """z_t = mask * (sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) noise) + (1 - mask) * z0, eq. 2.
 
         z0, noise: (B, C_z, h, w);  mask: (B, 1, h, w) in {0, 1};  t: (B,) int64 in [0, T).
         """

@@ -29,10 +29,9 @@ class SimplexNoise(Recorded):
     nor of unit variance: with the defaults its standard deviation is about 0.5 ("3d") or 0.6 ("2d").
 
     Args:
-        octaves, persistence: 6 and 0.8 as published.
-        frequency: wavelength of the first octave in pixels, whatever the size of the image.
+        octaves, persistence: 6 and 0.8 as published; the field of the equation is tested with others, too.
+        frequency: wavelength of the first octave in pixels, whatever the size of the image; 64 as published.
         mode: "3d" is a plane of 3D noise at height t (AnoDDPM); "2d" ignores t and is 0 at pixel (0, 0) (pDDPM).
-        normalize: bring every field to mean 0 and standard deviation 1, as the reverse process assumes; not published.
     """
 
     def __init__(
@@ -41,13 +40,11 @@ class SimplexNoise(Recorded):
         persistence: float = 0.8,
         frequency: float = 64.0,
         mode: Literal["2d", "3d"] = "3d",
-        normalize: bool = False,
     ) -> None:
         self.octaves = octaves
         self.persistence = persistence
         self.frequency = frequency
         self.mode = mode
-        self.normalize = normalize
 
     def __call__(self, x: Tensor, t: Tensor, generators: list[Generator] | None = None) -> Tensor:
         """Noise like x, (B, C, H, W), at the indices t, (B,); one generator per sample, else the global one."""
@@ -72,11 +69,7 @@ class SimplexNoise(Recorded):
             points.append((scale[:, None, None] * t.double().view(-1, 1, 1, 1)).expand(shape))
         octaves = simplex(points, permutation(seeds).to(t.device))
         amplitude = self.persistence ** torch.arange(self.octaves, device=t.device, dtype=octaves.dtype)
-        field = (octaves * amplitude[:, None, None]).sum(dim=1)
-        if self.normalize:
-            std, mean = torch.std_mean(field, dim=(1, 2), keepdim=True)
-            field = (field - mean) / std
-        return field
+        return (octaves * amplitude[:, None, None]).sum(dim=1)
 
 
 def simplex(points: list[Tensor], perm: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -6,7 +6,7 @@ scales up to 64 pixels, so a network that removes it also removes large lesions.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
@@ -23,17 +23,18 @@ class AnoDDPM(DDPM):
     Args:
         unet, scheduler: see `DDPM`; by default the steps' variance is beta_t ("fixed_large").
         level: lambda; level 250 starts at index 249.
-        forward_noise: of training and of the way up; simplex by default.
+        forward_noise: of training and of the way up; simplex by default, `gaussian_noise` is the paper's comparison.
         reverse_noise: of the steps down; simplex in the published evaluation, `gaussian_noise` in its code's default.
         settings: the other arguments of `DDPM`.
     """
+
+    first_index: ClassVar[Literal["L", "L-1"]] = "L-1"
 
     def __init__(
         self,
         unet: DiffusionModelUNet,
         scheduler: DDPMScheduler | None = None,
         level: int = 250,
-        first_index: Literal["L", "L-1"] = "L-1",
         forward_noise: Noise | None = None,
         reverse_noise: Noise | None = None,
         residual: Literal["absolute", "squared"] = "squared",
@@ -43,7 +44,6 @@ class AnoDDPM(DDPM):
             unet,
             scheduler or DDPMScheduler(variance_type="fixed_large"),
             level=level,
-            first_index=first_index,
             forward_noise=forward_noise or SimplexNoise(),
             reverse_noise=reverse_noise or SimplexNoise(),
             residual=residual,

@@ -50,8 +50,8 @@ class ARTransformer(AnomalyDetector):
         latent_size: h and w, the longest sequence being h w.
         num_orderings: 1 to 8, see `ORDERINGS`; 8 is the paper's ensemble.
         dim, depth, heads: of each transformer; 128, 16, 16 in MONAI's tutorial.
-        threshold: a code is unlikely below this probability; or, with `threshold_kind` "quantile", when it is among
-            this share of the image's codes. 0.03 of them in MONAI's tutorial; that flags healthy images alike.
+        threshold: a code is unlikely below this probability. MONAI's tutorial takes the 3 % of an image's codes that
+            are least likely, which flags healthy images alike.
         mode: what replaces an unlikely code: "sample", as the paper says, or the "argmax" of MONAI's tutorial.
         sigma_px: smoothing of the upsampled mask, as in `LatentDDPM`.
     """
@@ -67,7 +67,6 @@ class ARTransformer(AnomalyDetector):
         depth: int = 16,
         heads: int = 16,
         threshold: float = 0.005,
-        threshold_kind: Literal["probability", "quantile"] = "probability",
         mode: Literal["argmax", "sample"] = "argmax",
         sigma_px: float = 2.0,
     ) -> None:
@@ -79,7 +78,6 @@ class ARTransformer(AnomalyDetector):
             lean_transformer(self.begin + 1, self.num_positions, dim, depth, heads) for _ in ORDERINGS[:num_orderings]
         )
         self.threshold = threshold
-        self.threshold_kind = threshold_kind
         self.mode = mode
         self.sigma_px = sigma_px
         self.size_divisor = latent_space.downsampling
@@ -135,8 +133,6 @@ class ARTransformer(AnomalyDetector):
 
     def unlikely(self, log_likelihood: Tensor) -> Tensor:
         """Which tokens are healed: (B, L) -> (B, L) bool."""
-        if self.threshold_kind == "quantile":
-            return log_likelihood < log_likelihood.quantile(self.threshold, dim=1, keepdim=True)
         return log_likelihood.exp() < self.threshold
 
     def heal(

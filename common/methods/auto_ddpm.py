@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from monai.metrics.regression import compute_ssim_and_cs
 from monai.networks.nets import DiffusionModelUNet
-from monai.networks.schedulers import DDPMScheduler
 from torch import Generator, Tensor, nn
 
 from ..detection.method import median, with_generators
@@ -42,7 +41,7 @@ class AutoDDPM(DDPM):
     """The detector (section 3 of the paper); L + 1 + stitch_level * n_resample calls of the network.
 
     Args:
-        unet, scheduler, level, num_inference_steps, settings: of the coarse reconstruction, see `DDPM`.
+        unet, symmetric, settings: of the coarse reconstruction, see `DDPM`; here the network sees [0, 1] by default.
         perceptual: map (B, 1, H, W) >= 0 of two images in [0, 1]; None for 1 everywhere. The published one is
             `LPIPSMap`; `SSIMMap` needs no weights, `FeatureMap` uses a network of the bundle.
         threshold: of residual times perceptual map; 0.13 belongs to `LPIPSMap`. Negative: the 95th percentile of each
@@ -50,12 +49,11 @@ class AutoDDPM(DDPM):
         stitch_level: T, the 0-based index that the masked part is noised to.
         num_stitch_steps: steps of even stride from T to 0 by DDIM; None for every index, ancestrally, as published.
         n_resample: R, how often each step is taken.
-        dilation: side of the square that the mask is dilated by, odd; 1 for none.
         jump: forward beta of a resampling, from t - 1 to t. "t-1" is the published code's index, "t" follows from the
             forward process (eq. 13); they differ by about 1 % of the noise. Needs "t" for fewer steps.
         weighted: the final residual is weighted with the map that was masked; False is the paper's ablation.
-        score_kind: mean (last version of the code) or maximum (first) of the map over the whole slice.
-        eps: guard of the normalisation where the residual is 0.
+
+    The image-level score is the mean of the map over the whole slice, as in the last version of the code.
     """
 
     threshold: Tensor
@@ -63,22 +61,17 @@ class AutoDDPM(DDPM):
     def __init__(
         self,
         unet: DiffusionModelUNet,
-        scheduler: DDPMScheduler | None = None,
         perceptual: nn.Module | None = None,
         threshold: float = -1.0,
-        level: int = 200,
         stitch_level: int = 50,
         num_stitch_steps: int | None = None,
         n_resample: int = 5,
-        dilation: int = 3,
         jump: Literal["t-1", "t"] = "t-1",
         weighted: bool = True,
-        score_kind: Literal["mean", "max"] = "mean",
-        eps: float = 1e-8,
         symmetric: bool = False,
         **settings: Any,
     ) -> None:
-        super().__init__(unet, scheduler, level=level, symmetric=symmetric, **settings)
+        super().__init__(unet, symmetric=symmetric, **settings)
         self.perceptual = perceptual
         self.stitch_level = self.index(stitch_level)
         self.num_stitch_steps = num_stitch_steps
@@ -86,11 +79,8 @@ class AutoDDPM(DDPM):
         if num_stitch_steps is not None and jump == "t-1":
             raise SettingError("jump", "'t-1' is of steps of one index", "use jump 't' with num_stitch_steps")
         self.n_resample = n_resample
-        self.dilation = dilation
         self.jump = jump
         self.weighted = weighted
-        self.score_kind = score_kind
-        self.eps = eps
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, Tensor]:
@@ -99,8 +89,7 @@ class AutoDDPM(DDPM):
         return median(residual * result.combined if self.weighted else residual, self.median_size), result.final
 
     def _score(self, anomaly_map: Tensor, foreground: Tensor) -> Tensor:
-        values = anomaly_map.flatten(1)
-        return values.mean(dim=1) if self.score_kind == "mean" else values.amax(dim=1)
+        return anomaly_map.flatten(1).mean(dim=1)
 
     def stitch(self, image: Tensor, generators: list[Generator]) -> Stitched:
         """Parts (a) to (c) for images (B, C, H, W) in [0, 1]."""
@@ -120,13 +109,17 @@ class AutoDDPM(DDPM):
     def combined_map(self, image: Tensor, coarse: Tensor) -> Tensor:
         """C = norm95(|x - x_hat|) * S(x, x_hat), norm95 being division by the slice's 95th percentile, at most 1."""
         residual = (image - coarse).abs().mean(dim=1, keepdim=True)
-        norm95 = (residual / percentile95(residual).clamp(min=self.eps)).clamp(max=1)
+        norm95 = (residual / percentile95(residual).clamp(min=1e-8)).clamp(max=1)  # the residual may be 0
         return norm95 if self.perceptual is None else norm95 * self.perceptual(image, coarse)
 
     def mask(self, combined: Tensor) -> Tensor:
-        """1 where C exceeds the threshold, dilated; (B, 1, H, W) in {0, 1}."""
+        """1 where C exceeds the threshold, dilated by a square of 3 x 3; (B, 1, H, W) in {0, 1}."""
+        return F.max_pool2d(self.exceeding(combined), 3, stride=1, padding=1)
+
+    def exceeding(self, combined: Tensor) -> Tensor:
+        """1 where C exceeds the threshold; (B, 1, H, W) in {0, 1}."""
         limit = self.threshold.to(combined.dtype) if self.threshold >= 0 else percentile95(combined).clamp(0, 1)
-        return F.max_pool2d((combined > limit).float(), self.dilation, stride=1, padding=self.dilation // 2)
+        return (combined > limit).float()
 
     @torch.no_grad()
     def fit_threshold(self, batches: Iterable[Tensor], max_share: float = 0.05) -> None:
@@ -177,18 +170,21 @@ class AutoDDPMObjective(DDPMObjective):
 
 
 class SSIMMap(Recorded, nn.Module):
-    """(1 - SSIM) / 2 in [0, 1], Gaussian window, mean over channels (Wang et al. 2004). Needs no weights."""
+    """(1 - SSIM) / 2 in [0, 1], Gaussian window, mean over channels (Wang et al. 2004). Needs no weights.
 
-    def __init__(self, window: int = 11, sigma: float = 1.5) -> None:
+    Args:
+        window: side of the window in pixels, odd.
+    """
+
+    def __init__(self, window: int = 11) -> None:
         super().__init__()
         self.window = window
-        self.sigma = sigma
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> (B, 1, H, W)."""
         pad = self.window // 2
         a, b = (F.pad(v, (pad,) * 4, mode="reflect") for v in (a, b))
-        sizes, sigmas = (self.window,) * 2, (self.sigma,) * 2
+        sizes, sigmas = (self.window,) * 2, (1.5,) * 2
         ssim, _ = compute_ssim_and_cs(a, b, 2, sizes, sigmas, data_range=1.0)
         return ((1 - ssim) / 2).clamp(0, 1).mean(dim=1, keepdim=True)
 
@@ -199,18 +195,14 @@ class FeatureMap(Recorded, nn.Module):
     Args:
         network: trained on the same healthy slices, its images in [-1, 1]; it is stored with the detector's weights.
         layers: names of submodules whose outputs (B, C', h, w) are compared.
-        timestep: the network is the detector's own U-Net, asked at this index; it is not stored a second time.
     """
 
-    def __init__(self, network: nn.Module, layers: Sequence[str], timestep: int | None = None) -> None:
+    def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
         if unknown := set(layers) - {name for name, _ in network.named_modules()}:
             raise SettingError("layers", f"the network has no {', '.join(sorted(unknown))}", "name its submodules")
         self.layers = list(layers)
-        self.timestep = timestep
-        self.used = [network]  # in a list, so that it is not a submodule
-        if timestep is None:
-            self.network = network.requires_grad_(False)
+        self.network = network.requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> (B, 1, H, W) in [0, 4]."""
@@ -220,18 +212,15 @@ class FeatureMap(Recorded, nn.Module):
     @torch.no_grad()
     def features(self, x: Tensor) -> list[Tensor]:
         """Outputs of the layers."""
-        network, found = self.used[0], dict[str, Tensor]()
-        modules = dict(network.named_modules())
+        found = dict[str, Tensor]()
+        modules = dict(self.network.named_modules())
 
         def keep(name: str) -> Any:
             return lambda module, inputs, output: found.update({name: output})
 
         hooks = [modules[name].register_forward_hook(keep(name)) for name in self.layers]
         try:
-            if self.timestep is None:
-                network(x)
-            else:
-                network(x, torch.full((len(x),), self.timestep, device=x.device))
+            self.network(x)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -242,14 +231,14 @@ class LPIPSMap(Recorded, nn.Module):
     """The published map: LPIPS v0.1, SqueezeNet, spatial, learned heads (Zhang et al. 2018); package `lpips`.
 
     Args:
-        backbone: file with torchvision's `squeezenet1_1` (or the net's) weights; nothing is downloaded.
-        net: "squeeze" as published, "alex" or "vgg"; each needs its own threshold.
-        double_scaling: the images enter as [-3, 1], as in the last version of the published code.
+        backbone: file with torchvision's `squeezenet1_1` weights; nothing is downloaded.
+        double_scaling: the images enter as [-3, 1], as in the last version of the published code; the threshold of
+            0.13 is of the first, which is the default.
     """
 
     unrecorded = frozenset({"backbone"})
 
-    def __init__(self, backbone: str, net: str = "squeeze", double_scaling: bool = False) -> None:
+    def __init__(self, backbone: str, double_scaling: bool = False) -> None:
         super().__init__()
         where = "get torchvision's file and `pip install lpips torchvision`, or choose another perceptual map"
         if not Path(backbone).is_file():
@@ -259,12 +248,12 @@ class LPIPSMap(Recorded, nn.Module):
         except (ImportError, RuntimeError) as error:  # torchvision may be there and not fit torch
             raise BundleError(backbone, f"the package lpips does not import ({error})", where) from error
         # the heads come with the package; `pnet_rand` keeps it from downloading a backbone
-        self.lpips = package.LPIPS(net=net, version="0.1", spatial=True, pnet_rand=True, verbose=False)
+        self.lpips = package.LPIPS(net="squeeze", version="0.1", spatial=True, pnet_rand=True, verbose=False)
         features, state = load_weights(backbone), {}
         for name in self.lpips.net.state_dict():  # "slice2.3.squeeze.weight" is "features.3.squeeze.weight"
             source = f"features.{name.split('.', 1)[1]}"
             if source not in features:
-                raise BundleError(backbone, f"no weights of {net}: {source} is missing", where)
+                raise BundleError(backbone, f"no weights of squeezenet1_1: {source} is missing", where)
             state[name] = features[source]
         self.lpips.net.load_state_dict(state)
         self.lpips.requires_grad_(False)

@@ -25,6 +25,8 @@ from ..errors import SettingError
 from ..networks.latent_space import LatentSpace, latents
 from ..networks.pixel_unshuffle_unet import size_divisor
 
+MEDIAN_SIZE = 5
+
 
 def flip_unet(
     latent_channels: int = 128,
@@ -35,7 +37,7 @@ def flip_unet(
 ) -> DiffusionModelUNet:
     """MONAI's U-Net as published: logits of a flip, (B, N, h, w); single heads whose outputs start at zero.
 
-    The defaults are the paper's, 36,034,432 parameters.
+    The defaults are the paper's, 36,034,432 parameters; `norm_num_groups` must divide narrower `channels`.
     """
     unet = DiffusionModelUNet(
         spatial_dims=2,
@@ -63,18 +65,17 @@ class BerDiff(AnomalyDetector):
         L: noise steps, 1 to T; 200 in the paper.
         P: an entry is masked where its probability of a flip is above, in [0, 1); 0 masks all: the unmasked variant.
         num_inference_steps: network calls in which L is walked; default: L, as published.
-        encoding: bits of the input, "sample" z ~ B(p) as published or "threshold" p > 0.5.
-        final: what is decoded. "sample": bits drawn in the last step (paper). "threshold": the more likely bits.
-            "soft": their probabilities. "soft_unstitched": those without the mask, which the last step then does not
-            extend (published code).
-        median_size: side of the median window over the map, odd; 5 as in the paper's evaluation, 1 for none.
         num_passes: random walks; their reconstructions and scores are averaged.
         combine: the map of several walks. "maps": mean of their squared differences. "reconstructions": squared
             difference to their mean. "mahalanobis": that over their variance, so that what no two walks draw alike
             counts less (Behrendt et al., 2024, pixel by pixel).
         regularisation: added to the variance in "mahalanobis".
-        noise_index_offset: 1 noises once more than is walked back, as the published code does.
-        batch_size: slices that the encoder and the U-Net take at a time, see `in_equal_batches`.
+        batch_size: slices that the encoder and the U-Net take at a time, by the memory of the device; see
+            `in_equal_batches`.
+
+    The map is median filtered, 5 x 5, as in the paper's evaluation. Both the paper and its program need the scheduler's
+    `soft_z0` "inserted". Where the scheduler's `reference` is "code", the code is noised once more than it is denoised,
+    and what is decoded in the end is the last prediction itself: neither drawn nor masked.
 
     Raises SettingError where a number is out of its range.
     """
@@ -89,34 +90,27 @@ class BerDiff(AnomalyDetector):
         L: int = 200,
         P: float = 0.5,
         num_inference_steps: int | None = None,
-        encoding: Literal["sample", "threshold"] = "sample",
-        final: Literal["sample", "threshold", "soft", "soft_unstitched"] = "sample",
-        median_size: int = 5,
         num_passes: int = 1,
         combine: Literal["maps", "reconstructions", "mahalanobis"] = "maps",
         regularisation: float = 0.01,
-        noise_index_offset: int = 0,
         batch_size: int = 8,
     ) -> None:
         super().__init__()
         if not 0 <= P < 1 or min(num_passes, batch_size) < 1 or regularisation <= 0:
             fact = f"P = {P}, num_passes = {num_passes}, batch_size = {batch_size}, regularisation = {regularisation}"
             raise SettingError("BerDiff", fact, "choose P in [0, 1), at least 1 of the next two, and the last above 0")
-        if not 0 <= L - 1 + noise_index_offset < scheduler.num_train_timesteps:
-            fact = f"L = {L} with offset {noise_index_offset} is outside the schedule"
-            raise SettingError("BerDiff", fact, f"choose 1 to {scheduler.num_train_timesteps}")
+        self.noise_index_offset = 1 if scheduler.reference == "code" else 0
+        last = scheduler.num_train_timesteps - self.noise_index_offset
+        if not 1 <= L <= last:
+            raise SettingError("BerDiff", f"L = {L} is outside the schedule", f"choose 1 to {last}")
         scheduler.set_timesteps(L if num_inference_steps is None else num_inference_steps, L)
         self.latent_space = latent_space
         self.unet = unet
         self.scheduler = scheduler
         self.P = P
-        self.encoding = encoding
-        self.final = final
-        self.median_size = median_size
         self.num_passes = num_passes
         self.combine = combine
         self.regularisation = regularisation
-        self.noise_index_offset = noise_index_offset
         self.batch_size = batch_size
         self.size_divisor = latent_space.downsampling * size_divisor(unet)
 
@@ -125,12 +119,11 @@ class BerDiff(AnomalyDetector):
         p = in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image)
         passes = [self.one_pass(image, p, generators) for _ in range(self.num_passes)]
         x_hat, score = (torch.stack(part) for part in zip(*passes, strict=True))
-        return median(self.anomaly_map(image, x_hat), self.median_size), x_hat.mean(0), score.mean(0)
+        return median(self.anomaly_map(image, x_hat), MEDIAN_SIZE), x_hat.mean(0), score.mean(0)
 
     def one_pass(self, image: Tensor, p: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Reconstruction x_hat (B, C, H, W) and the share of masked entries (B,); p: (B, N, h, w), P(z = 1)."""
-        threshold = uniform_like(p, generators) if self.encoding == "sample" else 0.5
-        code, mask = self.walk((p > threshold).to(image.dtype), generators)
+        code, mask = self.walk((p > uniform_like(p, generators)).to(image.dtype), generators)
         return self.latent_space.decode(code).clamp(0, 1), mask.flatten(1).float().mean(1)
 
     def anomaly_map(self, image: Tensor, x_hat: Tensor) -> Tensor:
@@ -150,12 +143,10 @@ class BerDiff(AnomalyDetector):
         for t, s in zip(steps, [*steps[1:], -1], strict=True):
             eps = in_equal_batches(self.unet, self.batch_size, z_t, torch.full_like(start, t)).sigmoid()
             z0 = (z_t - eps).abs()  # P(z0 = 1)
-            if s < 0 and self.final == "soft_unstitched":
+            if s < 0 and self.scheduler.reference == "code":
                 return z0, mask
             mask = mask | (eps > self.P) | (self.P == 0)  # a saturated eps is 0 in float32
             z0 = torch.where(mask, z0, z)
-            if s < 0 and self.final != "sample":
-                return z0 if self.final == "soft" else (z0 > 0.5).to(z.dtype), mask
             z_t = self.scheduler.step(z_t, z0, t, s, uniform_like(z, generators))
         return z_t, mask
 
@@ -225,8 +216,8 @@ class BinaryAutoencoderObjective(TrainingObjective):
         perceptual: (reconstruction, target) -> loss, kept frozen, such as `monai.losses.PerceptualLoss`; the paper
             has one, the code none for BRATS.
         discriminator: adds an adversarial loss, with MONAI's `PatchDiscriminator`; the paper has one, the code none
-            before step 30,001. It learns under the same optimizer: each player's gradient stops at the other.
-        perceptual_weight, adversarial_weight: of these terms.
+            before step 30,001. It learns under the same optimizer: each player's gradient stops at the other. The
+            weight of this term, 0.1, is ours: the paper gives none.
     """
 
     def __init__(
@@ -235,16 +226,12 @@ class BinaryAutoencoderObjective(TrainingObjective):
         reconstruction: Literal["l1", "l2"] = "l1",
         perceptual: nn.Module | None = None,
         discriminator: nn.Module | None = None,
-        perceptual_weight: float = 1.0,
-        adversarial_weight: float = 0.1,
     ) -> None:
         super().__init__()
         self.autoencoder = latent_space.autoencoder.requires_grad_(True)
         self.reconstruction = reconstruction
         self.perceptual = perceptual if perceptual is None else perceptual.requires_grad_(False)
         self.discriminator = discriminator
-        self.perceptual_weight = perceptual_weight
-        self.adversarial_weight = adversarial_weight
         self.patch_loss = PatchAdversarialLoss(criterion="hinge")
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
@@ -256,10 +243,10 @@ class BinaryAutoencoderObjective(TrainingObjective):
         losses["loss"] = losses[self.reconstruction]
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(reconstruction, target)
-            losses["loss"] = losses["loss"] + self.perceptual_weight * losses["perceptual"]
+            losses["loss"] = losses["loss"] + losses["perceptual"]
         if self.discriminator is not None:
             losses |= self._adversarial(self.discriminator, reconstruction, target)
-            losses["loss"] = losses["loss"] + self.adversarial_weight * losses["generator"] + losses["discriminator"]
+            losses["loss"] = losses["loss"] + 0.1 * losses["generator"] + losses["discriminator"]
         return losses
 
     def _adversarial(self, discriminator: nn.Module, reconstruction: Tensor, target: Tensor) -> dict[str, Tensor]:

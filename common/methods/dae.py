@@ -17,23 +17,21 @@ from torch import Tensor
 from ..detection.method import AnomalyDetector, TrainingObjective, foreground_of
 from ..networks.weight_standardised_unet import WeightStandardisedUNet
 
+MARGIN = 2  # of a window of 5 x 5
+
 
 class DAE(AnomalyDetector):
     """|x - f(x)|, mean over channels, away from the foreground's rim, 5 x 5 median (section 2.3 of the paper).
 
     Args:
         network: image to image, with `size_divisor`.
-        median_size: side of the median window; 5 at 128 px in the paper.
-        rim_size: a pixel counts where more than 95 % of this window is foreground (5 in the code); 1 keeps the rim.
     """
 
-    def __init__(self, network: WeightStandardisedUNet, median_size: int = 5, rim_size: int = 5) -> None:
+    def __init__(self, network: WeightStandardisedUNet) -> None:
         super().__init__()
         self.network = network
-        self.median_size = median_size
-        self.rim_size = rim_size
         # MONAI's median repeats the border pixels; the slice is padded by reflection first, as published
-        self.median = MedianFilter(median_size // 2, spatial_dims=2)
+        self.median = MedianFilter(MARGIN, spatial_dims=2)
         self.size_divisor = 2 * network.size_divisor  # twice: reflect padding needs two pixels at the coarsest level
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -42,12 +40,13 @@ class DAE(AnomalyDetector):
 
     def anomaly_map(self, image: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
         """(B, C, H, W) twice and (B, 1, H, W) bool -> (B, 1, H, W)."""
-        interior = F.avg_pool2d(foreground.float(), self.rim_size, stride=1, padding=self.rim_size // 2) > 0.95
-        error = (image - reconstruction).abs().mean(dim=1, keepdim=True) * interior
-        pad = self.median_size // 2
-        if pad == 0:
-            return error
-        return self.median(F.pad(error, (pad,) * 4, mode="reflect"))[..., pad:-pad, pad:-pad]
+        padded = F.pad(self.error(image, reconstruction, foreground), (MARGIN,) * 4, mode="reflect")
+        return self.median(padded)[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
+
+    def error(self, image: Tensor, reconstruction: Tensor, foreground: Tensor) -> Tensor:
+        """The map before the median: 0 where not more than 95 % of the 5 x 5 pixels around are foreground."""
+        interior = F.avg_pool2d(foreground.float(), 2 * MARGIN + 1, stride=1, padding=MARGIN) > 0.95
+        return (image - reconstruction).abs().mean(dim=1, keepdim=True) * interior
 
 
 class DAEObjective(TrainingObjective):

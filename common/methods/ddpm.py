@@ -7,7 +7,7 @@ level removes more of a lesion and more of the healthy detail.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,22 +40,24 @@ class DDPM(AnomalyDetector):
         scheduler: holds schedule, variance of the steps and range that the prediction of x0 is clipped to; default:
             MONAI's (1000 indices, linear, "fixed_small", [-1, 1]).
         level: L, 1 ... 1000. More removes larger lesions; AutoDDPM's tables go from 50 to 300.
-        first_index: the 0-based index that a level stands for: "L" (AutoDDPM, THOR: L + 1 calls of the network) or
-            "L-1" (AnoDDPM: L calls).
         num_inference_steps: calls of the network in a DDIM walk with even strides; None for every index, ancestrally.
         eta: stochasticity of the DDIM walk; 0 draws no noise, 1 the posterior's.
-        forward_noise, reverse_noise: Gaussian by default.
+        forward_noise, reverse_noise: Gaussian by default; a method may bring its own, as AnoDDPM does.
         residual: "absolute" or "squared", the mean over channels, of images in [0, 1].
         symmetric: the network sees [-1, 1]; False: [0, 1] (AutoDDPM's code), so that the dark side is not clipped.
         median_size: side of a median window over the map, odd; 1, as published, for none.
+
+    The 0-based index that a level stands for is a method's own, `first_index`: "L" (AutoDDPM, THOR: L + 1 calls of the
+    network) or "L-1" (AnoDDPM: L calls).
     """
+
+    first_index: ClassVar[Literal["L", "L-1"]] = "L"
 
     def __init__(
         self,
         unet: DiffusionModelUNet,
         scheduler: DDPMScheduler | None = None,
         level: int = 200,
-        first_index: Literal["L", "L-1"] = "L",
         num_inference_steps: int | None = None,
         eta: float = 0.0,
         forward_noise: Noise = gaussian_noise,
@@ -67,7 +69,7 @@ class DDPM(AnomalyDetector):
         super().__init__()
         self.unet = unet
         self.scheduler = scheduler or DDPMScheduler()
-        self.start = self.index(level if first_index == "L" else level - 1)
+        self.start = self.index(level if self.first_index == "L" else level - 1)
         self.num_inference_steps = num_inference_steps
         self.eta = eta
         self.forward_noise = forward_noise

@@ -37,10 +37,11 @@ from ..networks.pixel_unshuffle_unet import size_divisor
 from ..networks.vq_autoencoder import codebook_use
 
 Variant = Literal["a", "b", "c", "d"]
+PERCENTILE = 97.5  # of the healthy KL values at a location, from which on it is unlikely
 
 
 class LatentDDPM(AnomalyDetector):
-    """The detector (section 2 of the paper), in the four variants of its Table 1 and 3.
+    """The detector (section 3 of the paper), in the four variants of its Table 1 and 3.
 
     (a) noise the latent to `healing_start`, denoise it, residual; (b) the residual of (a) within the mask of unlikely
     locations; (c) only these are healed, too; (d) is (c) with fewer t and DDIM.
@@ -53,12 +54,10 @@ class LatentDDPM(AnomalyDetector):
         kl_range: 400 <= t < 600 in the paper; t of large noise are about anatomy, small ones about texture.
         kl_noise: "shared": one noise per slice for all t, as in the group's code. "fresh": another for each t, which
             tells anomalies better (an AUROC higher by 0.02 to 0.03 on head CT with sprites).
-        healing_start: t from which the reverse process starts, 500 in the paper.
-        percentile: of the healthy KL values at a location, above which it is unlikely.
-        threshold_over: the values that count: "all", as the paper reads, or those in the "foreground" (image > 0).
-            With all, the rim of a brain that is larger than most is unlikely, because there the others are empty.
-        known: what the reverse process sees outside the mask: the "clean" latent (paper), or that "noised" to t as in
-            RePaint, which is what the network was trained with.
+        healing_start: t from which the reverse process starts, 500 in the paper; other chains need another.
+        threshold_over: the healthy KL values at a location of which the 97.5th percentile is its threshold: "all", as
+            the paper reads, or those in the "foreground" (image > 0). With all, the rim of a brain that is larger than
+            most is unlikely, because there the others are empty.
         map_kind: "residual" (paper): |x - x'| within the mask. "kl": the KL value of each location in units of its
             threshold, upsampled; the reconstruction is found as before.
         sigma_px: smoothing of the upsampled mask; the paper gives none, half a cell at f = 4. 0 for none.
@@ -82,9 +81,7 @@ class LatentDDPM(AnomalyDetector):
         kl_range: tuple[int, int] = (400, 600),
         kl_noise: Literal["shared", "fresh"] = "shared",
         healing_start: int = 500,
-        percentile: float = 97.5,
         threshold_over: Literal["all", "foreground"] = "all",
-        known: Literal["clean", "noised"] = "clean",
         map_kind: Literal["residual", "kl"] = "residual",
         sigma_px: float = 2.0,
         num_score_timesteps: int = 50,
@@ -106,9 +103,7 @@ class LatentDDPM(AnomalyDetector):
         self.healing_timesteps = evenly_spaced(0, healing_start, num_healing_steps)[::-1]
         self.kl_noise = kl_noise
         self.eta = 0.0 if is_fast else 1.0
-        self.percentile = percentile
         self.threshold_over = threshold_over
-        self.known = known
         self.map_kind = map_kind
         self.sigma_px = sigma_px
         self.num_score_timesteps = num_score_timesteps
@@ -140,7 +135,7 @@ class LatentDDPM(AnomalyDetector):
         return masked_residual(image, reconstruction, mask, self.sigma_px), reconstruction
 
     def kl_map(self, z0: Tensor, generators: list[torch.Generator], timesteps: Sequence[int]) -> Tensor:
-        """v, the mean over t and channels of L_{t-1} (section 2.3): (B, C_z, h, w) -> (B, h, w)."""
+        """v, the mean over t and channels of L_{t-1} (section 3): (B, C_z, h, w) -> (B, h, w)."""
         shared = noise_like(z0, generators) if self.kl_noise == "shared" else None
         total = torch.zeros_like(z0[:, 0])
         for part in torch.tensor(timesteps, device=z0.device).split(max(1, self.max_batch // len(z0))):
@@ -174,22 +169,16 @@ class LatentDDPM(AnomalyDetector):
     def heal(self, z0: Tensor, mask: Tensor, generators: list[torch.Generator]) -> Tensor:
         """The reverse process where the mask is 1, from noise of level `healing_start`; elsewhere z0 stays.
 
-        z0: (B, C_z, h, w);  mask: (B, 1, h, w) in {0, 1}.
+        The network sees the clean z0 there, as in the paper. z0: (B, C_z, h, w);  mask: (B, 1, h, w) in {0, 1}.
         """
         steps = self.healing_timesteps
         z_t = self.noised(z0, noise_like(z0, generators), steps[0])
         for t, t_prev in zip(steps, [*steps[1:], -1], strict=True):
-            known_noise = noise_like(z0, generators) if self.known == "noised" else None
-            z_in = self.compose(z_t, z0, mask, t, known_noise)
+            z_in = mask * z_t + (1 - mask) * z0
             eps_pred = self.unet(z_in, torch.full((len(z0),), t, device=z0.device))
             noise = noise_like(z0, generators) if self.eta > 0 and t_prev >= 0 else None
             z_t = self.scheduler.step(z_in, eps_pred, t, t_prev, noise, self.eta)
         return mask * z_t + (1 - mask) * z0
-
-    def compose(self, z_t: Tensor, z0: Tensor, mask: Tensor, t: int, known_noise: Tensor | None = None) -> Tensor:
-        """What the network sees at t: m z_t + (1 - m) z0, with z0 noised to t where noise is given."""
-        known = z0 if known_noise is None else self.noised(z0, known_noise, t)
-        return mask * z_t + (1 - mask) * known
 
     def noised(self, z0: Tensor, eps: Tensor, t: int) -> Tensor:
         """`add_noise` with one t for all."""
@@ -208,7 +197,7 @@ class LatentDDPM(AnomalyDetector):
 
     @torch.no_grad()
     def fit_threshold(self, batches: Iterable[Tensor]) -> None:
-        """Set the threshold of each location from batches of healthy slices (B, C, H, W) (section 2.3).
+        """Set the threshold of each location from batches of healthy slices (B, C, H, W) (section 3).
 
         Raises BundleError where their latents have another size.
         """
@@ -218,7 +207,7 @@ class LatentDDPM(AnomalyDetector):
             maps.append(self.kl_map(z0, generators, self.kl_timesteps).double().cpu())
             insides.append(F.adaptive_max_pool2d(foreground_of(image).float(), z0.shape[2:])[:, 0].bool().cpu())
         inside = torch.cat(insides) if self.threshold_over == "foreground" else None
-        fitted = location_percentile(torch.cat(maps), self.percentile, inside)
+        fitted = location_percentile(torch.cat(maps), PERCENTILE, inside)
         if fitted.shape != self.threshold.shape:
             fact = f"thresholds of {tuple(fitted.shape)} locations for latents of {tuple(self.threshold.shape)}"
             raise BundleError("fit_threshold", fact, "set `latent_size` to the slices' size over the downsampling")
@@ -280,7 +269,7 @@ class VQVAEObjective(TrainingObjective):
     Args:
         latent_space: the `LatentSpace` whose `VQAutoencoder` is trained here.
         max_gain: images are multiplied by a random factor in [1 - max_gain, 1 + max_gain], so that intensities beyond
-            the healthy ones, as lesions have them, get codes.
+            the healthy ones, as lesions have them, get codes; 0 for the paper's training, which has none.
     """
 
     def __init__(self, latent_space: LatentSpace, max_gain: float = 0.2) -> None:

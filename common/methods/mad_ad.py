@@ -21,17 +21,20 @@ from ..networks.latent_space import LatentSpace
 from ..networks.masked_unet import MaskedDiffusionUNet
 
 MapKind = Literal["image", "input", "latent", "mask"]
+PATCH_SIZES, PATCH_PROBABILITIES = (1, 2, 4, 8), (0.2, 0.3, 0.3, 0.2)
+MAX_RATIO = 0.4
 
 
 class MADAD(AnomalyDetector):
-    """The detector (section 3.3 of the paper; Algorithm of section 3.4).
+    """The detector (section 3.3 of the paper).
 
     Args:
-        num_inference_steps: DDIM steps, 10, 5 or 2 in the paper.
+        num_inference_steps: DDIM steps, 10; 5 and 2 are the paper's ablation.
         map_kind: what the map compares. "image": two decoder outputs, |D(z_corrected) - D(z)| (published code; the
             autoencoder's own error cancels). "input": |D(z_corrected) - x| (eq. 8 as printed). "latent" and "mask" are
             the ablations: mean latent difference, mean predicted mask over the steps.
-        gamma: clip of the image difference, in [0, 1] units; 0.125 is the published code's 0.25 on [-1, 1].
+        gamma: clip of the image difference, in [0, 1] units; 0.125 is the published code's 0.25 on [-1, 1]. None, no
+            clip, is one of the paper's ablations.
         sigma_px: Gaussian smoothing of the map; 5 in the code at 1 mm, so 2.5 at 2 mm; 0 for none.
     """
 
@@ -89,14 +92,15 @@ class MADAD(AnomalyDetector):
 
 
 class MADADObjective(TrainingObjective):
-    """Loss of eq. 9: mean squared error of z0 over all cells + mask_weight * loss of the mask head.
+    """Mean squared error of z0 over all cells + mask_weight * loss of the mask head.
+
+    The noised share of the patches is uniform in [0, 0.4] for each sample; the sides of the patches are drawn once per
+    batch for each axis, 1, 2, 4 or 8 cells with the probabilities of the published code.
 
     Args:
         detector: the `MADAD` whose U-Net is trained; its latent space stays frozen.
         mask_loss: "mse" (the code, a Brier score) or "bce" (the paper).
         mask_weight: 0.001 in the code at its last version, 0.01 at its first; the paper gives none.
-        max_ratio: the share of noised patches is uniform in [0, max_ratio] per sample.
-        patch_sizes, patch_probabilities: sides of the patches in cells, drawn once per batch for each axis.
         brain_block: noise may only fall into blocks of this many cells a side ...
         min_brain_share: ... of which at least this share of pixels is foreground (2 and 0.9 in the code).
     """
@@ -106,9 +110,6 @@ class MADADObjective(TrainingObjective):
         detector: MADAD,
         mask_loss: Literal["mse", "bce"] = "mse",
         mask_weight: float = 0.001,
-        max_ratio: float = 0.4,
-        patch_sizes: tuple[int, ...] = (1, 2, 4, 8),
-        patch_probabilities: tuple[float, ...] = (0.2, 0.3, 0.3, 0.2),
         brain_block: int = 2,
         min_brain_share: float = 0.9,
     ) -> None:
@@ -116,9 +117,6 @@ class MADADObjective(TrainingObjective):
         self.detector = detector
         self.mask_loss = mask_loss
         self.mask_weight = mask_weight
-        self.max_ratio = max_ratio
-        self.patch_sizes = patch_sizes
-        self.patch_probabilities = patch_probabilities
         self.brain_block = brain_block
         self.min_brain_share = min_brain_share
 
@@ -155,11 +153,11 @@ class MADADObjective(TrainingObjective):
     def random_mask(self, z: Tensor) -> Tensor:
         """Random patches, 1 = noised, (B, 1, h, w); n - floor(n (1 - r)) of the n patches of each sample."""
         batch, _, height, width = z.shape
-        probabilities = torch.tensor(self.patch_probabilities)
-        side_h, side_w = (self.patch_sizes[i] for i in torch.multinomial(probabilities, 2, replacement=True).tolist())
+        probabilities = torch.tensor(PATCH_PROBABILITIES)
+        side_h, side_w = (PATCH_SIZES[i] for i in torch.multinomial(probabilities, 2, replacement=True).tolist())
         rows, columns = -(-height // side_h), -(-width // side_w)
         n = rows * columns
-        ratio = torch.rand(batch, 1, device=z.device) * self.max_ratio
+        ratio = torch.rand(batch, 1, device=z.device) * MAX_RATIO
         return expand_patches(random_subset(n, n - (n * (1 - ratio)).floor()), (rows, columns), (side_h, side_w))[
             ..., :height, :width
         ].to(z.dtype)

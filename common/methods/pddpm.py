@@ -18,9 +18,9 @@ from ..diffusion.masked_ddim import cosine_alpha_bar
 from ..diffusion.simplex import SimplexNoise
 from ..errors import SettingError
 from ..networks.pixel_unshuffle_unet import size_divisor
-from .ddpm import Noise
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1; x are columns, upper bounds are exclusive
+NUM_TRAIN_TIMESTEPS = 1000
 CROSS = torch.tensor([[0.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
 
 
@@ -29,12 +29,10 @@ class PDDPM(AnomalyDetector):
 
     Args:
         unet: `unet(x_t, t)` predicts x0; its images are in [-1, 1].
-        patch_size: side of a patch in pixels; 48 at 96 px in the paper.
+        patch_size: side of a patch in pixels; 48 at 96 px in the paper, which compares other sizes, too.
         overlap: patches are moved together until the last ends at the border, and averaged where they overlap. Without,
             H and W must be multiples of `patch_size`.
-        t: 0-based index, 499 for the paper's 500.
-        num_train_timesteps: T of the cosine schedule.
-        noise: one field a slice, which all its patches share; the published one is 2D simplex noise.
+        t: 0-based index, 499 for the paper's 500 of 1000.
         erosion: pixels that are peeled off the foreground before the median; 3 at 96 px in the code.
         median_size: side of the median window, odd; the code's is 5 in three dimensions, this one stays in the slice.
     """
@@ -47,14 +45,12 @@ class PDDPM(AnomalyDetector):
         patch_size: int = 48,
         overlap: bool = False,
         t: int = 499,
-        num_train_timesteps: int = 1000,
-        noise: Noise | None = None,
         erosion: int = 3,
         median_size: int = 5,
     ) -> None:
         super().__init__()
-        if not 0 <= t < num_train_timesteps:
-            fact = f"index {t} is outside the schedule, 0 ... {num_train_timesteps - 1}"
+        if not 0 <= t < NUM_TRAIN_TIMESTEPS:
+            fact = f"index {t} is outside the schedule, 0 ... {NUM_TRAIN_TIMESTEPS - 1}"
             raise SettingError("t", fact, "choose an index within")
         if patch_size < 1:
             raise SettingError("patch_size", f"{patch_size} pixels are no patch", "choose a positive size")
@@ -62,12 +58,12 @@ class PDDPM(AnomalyDetector):
         self.patch_size = patch_size
         self.overlap = overlap
         self.t = t
-        self.noise = noise or SimplexNoise(mode="2d")
+        self.noise = SimplexNoise(mode="2d")  # one field a slice, which all its patches share
         self.erosion = erosion
         self.median_size = median_size
         divisor = size_divisor(unet)
         self.size_divisor = divisor if overlap else math.lcm(divisor, patch_size)
-        self.register_buffer("alpha_bar", cosine_alpha_bar(num_train_timesteps), persistent=False)
+        self.register_buffer("alpha_bar", cosine_alpha_bar(NUM_TRAIN_TIMESTEPS), persistent=False)
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, Tensor]:
         x0 = image * 2 - 1
@@ -96,22 +92,20 @@ class PDDPM(AnomalyDetector):
 class PDDPMObjective(TrainingObjective):
     """Mean over all pixels of |x_hat - x|, one random patch of each slice noised to a random index.
 
+    Outside the patch x_hat is x, so that only the patch is compared.
+
     Args:
         detector: the `PDDPM` whose network is trained.
-        fixed_grid: the patch is one of the grid ("fixed sampling", the better one in the paper); False: it lies
-            anywhere inside. The code's own random patches overflow the border, and every second is cut there.
-        inpaint: only the patch is compared, as published; False compares the whole output.
+        fixed_grid: the patch is one of the grid ("fixed sampling", the better one in the paper); False, the paper's
+            ablation: it lies anywhere inside. The code's own random patches overflow the border and are cut there.
         max_timestep: indices are drawn from 0 ... max_timestep - 1; default: all, as published.
     """
 
-    def __init__(
-        self, detector: PDDPM, fixed_grid: bool = True, inpaint: bool = True, max_timestep: int | None = None
-    ) -> None:
+    def __init__(self, detector: PDDPM, fixed_grid: bool = True, max_timestep: int | None = None) -> None:
         super().__init__()
         self.detector = detector
         self.max_timestep = max_timestep or len(detector.alpha_bar)
         self.fixed_grid = fixed_grid
-        self.inpaint = inpaint
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
         """Key `loss`; indices, patches and noise are drawn from the global generator, for each sample its own."""
@@ -121,9 +115,9 @@ class PDDPMObjective(TrainingObjective):
         return {"loss": self.patch_loss(x0, self.detector.noise(x0, t), mask, t)}
 
     def patch_loss(self, x0: Tensor, noise: Tensor, mask: Tensor, t: Tensor) -> Tensor:
-        """The loss of given noise and patches; the gradient comes from the patch alone, unless `inpaint` is off."""
+        """The loss of given noise and patches; the gradient comes from the patch alone."""
         output = self.detector.predict(x0, noise, mask, t)
-        return F.l1_loss(torch.where(mask == 1, output, x0) if self.inpaint else output, x0)
+        return F.l1_loss(torch.where(mask == 1, output, x0), x0)
 
     def random_box(self, size: torch.Size) -> Box:
         """A box of the grid, or one that lies anywhere inside."""

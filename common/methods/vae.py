@@ -59,17 +59,15 @@ def centred(image: Tensor, size: Any) -> Tensor:
 
 
 class VAEObjective(TrainingObjective):
-    """Sum over pixels of |x - x'| + kl_weight KL, per slice and pixel (the published loss over the pixels' number).
+    """Sum over pixels of |x - x'| + KL, per slice and pixel (the published loss over the pixels' number).
 
     Args:
         detector: the `VAE` whose network is trained.
-        kl_weight: 1 as published.
     """
 
-    def __init__(self, detector: VAE, kl_weight: float = 1.0) -> None:
+    def __init__(self, detector: VAE) -> None:
         super().__init__()
         self.detector = detector
-        self.kl_weight = kl_weight
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
         """Keys `loss`, `l1` (per pixel) and `kl` (per slice); the latent is sampled from the global generator."""
@@ -77,4 +75,4 @@ class VAEObjective(TrainingObjective):
         z = mean + (log_variance / 2).exp() * torch.randn_like(mean)
         l1 = (self.detector.decode(z, images.shape[2:]) - images).abs().mean()
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(dim=1).mean()
-        return {"loss": l1 + self.kl_weight * kl / images[0].numel(), "l1": l1, "kl": kl}
+        return {"loss": l1 + kl / images[0].numel(), "l1": l1, "kl": kl}

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.networks.layers import Conv
 from monai.networks.nets.autoencoderkl import Decoder, Encoder
 from torch import Tensor, nn
 
@@ -57,11 +56,11 @@ class BinaryAutoencoder(BernoulliAutoencoder):
         latent_channels: bits a cell, N.
         embedding_channels: a cell enters the decoder as the sum of the embeddings of its ones.
         num_res_blocks: residual blocks on each level.
+        norm_num_groups: of the group norm; a divisor of every width.
     """
 
     def __init__(
         self,
-        spatial_dims: int = 2,
         in_channels: int = 4,
         channels: Sequence[int] = (32, 64, 64, 128),
         latent_channels: int = 128,
@@ -71,7 +70,7 @@ class BinaryAutoencoder(BernoulliAutoencoder):
     ) -> None:
         super().__init__()
         shared: dict[str, Any] = {
-            "spatial_dims": spatial_dims,
+            "spatial_dims": 2,
             "channels": channels,
             "num_res_blocks": [num_res_blocks] * len(channels),
             "norm_num_groups": norm_num_groups,
@@ -79,7 +78,7 @@ class BinaryAutoencoder(BernoulliAutoencoder):
             "attention_levels": [False] * len(channels),  # beside that of the middle
         }
         self.encoder = Encoder(in_channels=in_channels, out_channels=embedding_channels, **shared)
-        self.to_logits = Conv[Conv.CONV, spatial_dims](embedding_channels, latent_channels, kernel_size=1)
+        self.to_logits = nn.Conv2d(embedding_channels, latent_channels, kernel_size=1)
         self.embedding = nn.Parameter(torch.randn(latent_channels, embedding_channels))
         self.norm = nn.GroupNorm(norm_num_groups, embedding_channels, eps=1e-6)
         self.decoder = Decoder(in_channels=embedding_channels, out_channels=in_channels, **shared)
@@ -112,7 +111,6 @@ class StridedBinaryAutoencoder(BernoulliAutoencoder):
 
     def __init__(
         self,
-        spatial_dims: int = 2,
         in_channels: int = 1,
         channels: Sequence[int] = (64, 128),
         latent_channels: int = 16,
@@ -120,7 +118,7 @@ class StridedBinaryAutoencoder(BernoulliAutoencoder):
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = strided_networks(
-            spatial_dims, in_channels, channels, latent_channels, latent_channels, num_res_layers
+            in_channels, channels, latent_channels, latent_channels, num_res_layers
         )
 
     def logits(self, x: Tensor) -> Tensor:

@@ -34,9 +34,11 @@ class MaskedDiffusionUNet(Recorded, nn.Module):
     every residual block, zero-initialised attention outputs, and the mask head.
 
     Args:
+        latent_channels: of the autoencoder, C_z; 4 in the paper.
         channels: width of each level; the paper's XS / S / M / L are (b, 2b, 4b) with b = 64 / 128 / 192 / 256.
         num_heads: attention heads, the same on all levels (4 / 4 / 6 / 8 in the paper).
         attention_levels: the paper has attention on all levels.
+        norm_num_groups: of the group norm; a divisor of every width, 32 in the paper.
         dropout: 0.4 in the published code.
     """
 

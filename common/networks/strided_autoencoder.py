@@ -13,7 +13,6 @@ from ..recorded import Recorded
 
 
 def strided_networks(
-    spatial_dims: int,
     in_channels: int,
     channels: Sequence[int],
     encoded_channels: int,
@@ -25,7 +24,7 @@ def strided_networks(
     The other arguments are those of `StridedAutoencoderKL`.
     """
     shared: dict[str, Any] = {
-        "spatial_dims": spatial_dims,
+        "spatial_dims": 2,
         "channels": channels,
         "num_res_layers": num_res_layers,
         "num_res_channels": channels,
@@ -62,7 +61,6 @@ class StridedAutoencoderKL(Recorded, nn.Module):
 
     def __init__(
         self,
-        spatial_dims: int = 2,
         in_channels: int = 1,
         channels: Sequence[int] = (64, 128),
         latent_channels: int = 4,
@@ -70,7 +68,7 @@ class StridedAutoencoderKL(Recorded, nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = strided_networks(
-            spatial_dims, in_channels, channels, 2 * latent_channels, latent_channels, num_res_layers
+            in_channels, channels, 2 * latent_channels, latent_channels, num_res_layers
         )
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..recorded import Recorded
 
+DECAY = 0.99  # of the moving averages
+
 
 class VQAutoencoder(Recorded, nn.Module):
     """VQ-VAE (van den Oord et al., NeurIPS 2017); each entry of `channels` halves the resolution, first of all.
@@ -22,34 +24,30 @@ class VQAutoencoder(Recorded, nn.Module):
 
     The codebook follows the encoder by moving averages. MONAI's starts from cluster sizes of 0 and normal codes: the
     first update multiplies unused codes by 1e5, and one code of all is in use for long. Here codes that hardly any
-    cell uses, which at the beginning are all, (re)start from encoder outputs of the batch.
+    cell uses, which at the beginning are all, (re)start from encoder outputs of the batch: codes that on average over
+    1 / (1 - `DECAY`) batches fewer than `restart_below` cells use. The weight of the commitment is MONAI's 0.25; the
+    paper gives none.
 
     Args:
         channels: width of each level; `len(channels)` is log2 of the downsampling factor. (256, 256) at paper size.
         num_res_layers: residual units per level.
         num_embeddings: codes, K.
         embedding_dim: channels of the latent, C_z.
-        commitment_cost: 0.25, MONAI's; the paper gives none.
-        decay: of the moving averages.
-        restart_below: a code restarts when, on average over 1 / (1 - decay) batches, fewer cells than this use it.
     """
+
+    restart_below = 0.1
 
     def __init__(
         self,
-        spatial_dims: int = 2,
         in_channels: int = 1,
         channels: Sequence[int] = (64, 128),
         num_res_layers: int = 2,
         num_embeddings: int = 256,
         embedding_dim: int = 32,
-        commitment_cost: float = 0.25,
-        decay: float = 0.99,
-        restart_below: float = 0.1,
     ) -> None:
         super().__init__()
-        self.restart_below = restart_below
         self.vqvae = VQVAE(
-            spatial_dims=spatial_dims,
+            spatial_dims=2,
             in_channels=in_channels,
             out_channels=in_channels,
             channels=channels,
@@ -59,8 +57,8 @@ class VQAutoencoder(Recorded, nn.Module):
             upsample_parameters=((2, 4, 1, 1, 0),) * len(channels),
             num_embeddings=num_embeddings,
             embedding_dim=embedding_dim,
-            commitment_cost=commitment_cost,
-            decay=decay,
+            commitment_cost=0.25,
+            decay=DECAY,
         )
         # sums over a batch: at paper size they exceed what the half precision of a weights file holds
         self.quantizer.ema_cluster_size = self.quantizer.ema_cluster_size.double()

@@ -30,7 +30,7 @@ SLICES_FOR_SCALE = 1024
 
 
 class ExponentialMovingAverage(AveragedModel):
-    """Average of an objective's weights over about 1 / (1 - decay) steps, over fewer in the beginning.
+    """Average of an objective's weights over about 1 / (1 - decay) steps, over fewer in the beginning; of one for 0.
 
     `module` is the averaged objective. The number of steps is part of the state, so a resumed run goes on alike.
     """
@@ -54,9 +54,9 @@ class ExponentialMovingAverage(AveragedModel):
 
 
 class GradientClipping:
-    """Clip the norm of all gradients of a network before each optimizer step."""
+    """Clip the norm of all gradients of a network before each optimizer step; None lets them be."""
 
-    def __init__(self, network: nn.Module, max_norm: float = 1.0) -> None:
+    def __init__(self, network: nn.Module, max_norm: float | None = 1.0) -> None:
         self.network = network
         self.max_norm = max_norm
 
@@ -66,7 +66,8 @@ class GradientClipping:
 
     def __call__(self, engine: Engine) -> None:
         """Clip."""
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+        if self.max_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
 
 
 class Checkpoints:

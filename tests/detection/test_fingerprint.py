@@ -92,7 +92,10 @@ def test_same_settings_are_not_run_again(finished, scan):
         (["--set", "network_def::smoothing_vox=0"], "network.smoothing_vox: 1.5 before, 0 now"),
         (["--set", "network_def::num_seeds=2"], "network.num_seeds: 1 before, 2 now"),
         (["--set", "network_def::mirror=true"], "network.mirror: False before, True now"),
-        (["--set", "network_def::detector::median_size=1"], "network.detector.median_size: 5 before, 1 now"),
+        (
+            ["--set", "unet::groups=[4, 4, 8, 8]"],
+            "network.detector.network.groups: [8, 8, 16, 16] before, [4, 4, 8, 8]",
+        ),
         (["--set", "threshold=0.5"], "threshold: "),
         (["--set", "displayable_configs::min_volume_ml=1"], "min_volume_ml: 0.02 before, 1 now"),
         (["--seed", "3"], "seed: 0 before, 3 now"),

@@ -30,21 +30,19 @@ def test_schedule():
     torch.testing.assert_close(scheduler.alpha_bar, g["alphas_cumprod_full"], rtol=1e-11, atol=0)
 
 
-@pytest.mark.parametrize(("forward_process", "key"), [("symmetric", "paper_eq2"), ("zero_absorbing", "reference_code")])
-def test_probability(forward_process, key):
+@pytest.mark.parametrize(("reference", "key"), [("paper", "paper_eq2"), ("code", "reference_code")])
+def test_probability(reference, key):
     g = golden("berdiff/q_mean")
     z0 = g["z0"].expand(len(g["t_index"]), 2)
-    probability = BernoulliScheduler(forward_process=forward_process).probability(z0, g["t_index"])
+    probability = BernoulliScheduler(reference=reference).probability(z0, g["t_index"])
     assert probability.dtype == torch.float64
     torch.testing.assert_close(probability, g[key].double(), atol=1e-6 if "reference" in key else 1e-12, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("forward_process", "key"), [("symmetric", "z_t_paper_xor"), ("zero_absorbing", "z_t_reference")]
-)
-def test_forward_process(forward_process, key):
+@pytest.mark.parametrize(("reference", "key"), [("paper", "z_t_paper_xor"), ("code", "z_t_reference")])
+def test_forward_process(reference, key):
     g = golden("berdiff/loss")
-    z_t = BernoulliScheduler(forward_process=forward_process).add_noise(g["z0"], g["u"], g["t_index"])
+    z_t = BernoulliScheduler(reference=reference).add_noise(g["z0"], g["u"], g["t_index"])
     assert z_t.dtype == g["z0"].dtype
     assert torch.equal(z_t, g[key])
 
@@ -213,9 +211,9 @@ def test_marginals_of_the_chain_are_the_closed_form(t, z0):
     assert z.mean().item() == pytest.approx(expected, abs=4 * (expected * (1 - expected) / N) ** 0.5 + 1e-9)
 
 
-@pytest.mark.parametrize("forward_process", ["symmetric", "zero_absorbing"])
-def test_noise_belongs_to_its_sample_and_has_the_stated_share(forward_process):
-    scheduler = BernoulliScheduler(forward_process=forward_process)
+@pytest.mark.parametrize("reference", ["paper", "code"])
+def test_noise_belongs_to_its_sample_and_has_the_stated_share(reference):
+    scheduler = BernoulliScheduler(reference=reference)
     z0, t = bits(3, 1, 100, 400), torch.tensor([999, 0, 300])
     z_t = scheduler.add_noise(z0, uniform(3, 1, 100, 400, seed=1), t)
     expected = scheduler.probability(z0, t)

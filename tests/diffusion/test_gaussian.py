@@ -12,7 +12,6 @@ OTHER = {"beta_start": 0.0015, "beta_end": 0.0195}
 SCHEDULES = {
     "linear_1e-4_2e-2": GaussianScheduler(),
     "linear_0.0015_0.0195": GaussianScheduler(**OTHER),
-    "scaled_linear_0.0015_0.0195": GaussianScheduler(schedule="scaled_linear_beta", **OTHER),
 }
 
 

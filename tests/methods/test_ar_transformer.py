@@ -89,14 +89,6 @@ def test_healing(toy):
     assert torch.equal(read[1:], g["healed_argmax"][: len(read) - 1])  # the healed prefix, each token once
 
 
-def test_quantile_flags_a_share_of_the_codes_of_each_image():
-    detector = tiny(threshold_kind="quantile", threshold=0.25)
-    log_likelihood = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor(
-        [[1.0], [9.0], [0.1]]
-    )
-    assert detector.unlikely(log_likelihood).sum(dim=1).tolist() == [4, 4, 4]
-
-
 @pytest.mark.parametrize("mode", ["argmax", "sample"])
 @torch.no_grad()
 def test_healing_with_a_cache_is_healing_without(mode):

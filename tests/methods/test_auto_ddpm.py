@@ -1,7 +1,6 @@
 """AutoDDPM against its reference program (golden/auto_ddpm/README.md), and the contract of a method."""
 
 import sys
-from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,12 +188,11 @@ class Fixed(nn.Module):
 )
 def test_from_residual_to_mask(threshold, binary, counts):
     g = golden("auto_ddpm/mask_pipeline")
-    detector = AutoDDPM(Stub(), perceptual=Fixed(g["lpips_map"]), threshold=threshold, dilation=1)
+    detector = AutoDDPM(Stub(), perceptual=Fixed(g["lpips_map"]), threshold=threshold)
     combined = detector.combined_map(g["residual"], torch.zeros_like(g["residual"]))
     torch.testing.assert_close(combined, g["combined"], atol=1e-6, rtol=1e-5)
-    assert torch.equal(detector.mask(combined), g[binary].float())
-    assert counts is None or detector.mask(combined).sum(dim=(1, 2, 3)).tolist() == counts
-    detector.dilation = 3
+    assert torch.equal(detector.exceeding(combined), g[binary].float())
+    assert counts is None or detector.exceeding(combined).sum(dim=(1, 2, 3)).tolist() == counts
     if threshold > 0:
         assert torch.equal(detector.mask(combined), g["mask_thr_0.13_dilated"])
         assert detector.mask(combined).sum(dim=(1, 2, 3)).tolist() == [95, 97, 14]
@@ -268,7 +266,7 @@ def test_jump_over_several_indices_is_the_forward_process():
     [
         {},
         {"perceptual": None, "symmetric": True},
-        {"threshold": -1.0, "perceptual": None, "weighted": False, "score_kind": "max"},
+        {"threshold": -1.0, "perceptual": None, "weighted": False},
         {"num_stitch_steps": 2, "jump": "t", "median_size": 3, "threshold": 0.0},
     ],
 )
@@ -305,23 +303,16 @@ def test_result_depends_on_the_seed_alone(check_seeds):
 
 
 def test_fitted_threshold_masks_at_most_the_share_in_any_batches():
-    detector, image = tiny(dilation=1, threshold=-1.0), slices(8)
+    detector, image = tiny(threshold=-1.0), slices(8)
     detector.fit_threshold(image.split(3))
     fitted = detector.threshold.clone()
     detector.fit_threshold([image])
     torch.testing.assert_close(detector.threshold, fitted, atol=1e-5, rtol=0)
-    masks = detector.mask(detector.combined_map(image, detector.coarse(image, generators(*range(8)))))
+    masks = detector.exceeding(detector.combined_map(image, detector.coarse(image, generators(*range(8)))))
     assert 0.04 < masks.mean() <= 0.05
     other = tiny()
     other.load_state_dict(detector.state_dict())
     assert other.threshold == detector.threshold > 0
-
-
-def test_scores():
-    image = slices()
-    mean, highest = (tiny(score_kind=kind).detect(image) for kind in ("mean", "max"))
-    torch.testing.assert_close(mean.score, mean.anomaly_map.mean(dim=(1, 2, 3)))
-    torch.testing.assert_close(highest.score, mean.anomaly_map.amax(dim=(1, 2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -389,19 +380,9 @@ def test_features_of_the_bundles_own_encoder():
     assert not any(p.requires_grad for p in detector.perceptual.parameters())
 
 
-def test_features_of_the_unet_are_stored_once():
-    network = unet()
-    detector = AutoDDPM(network, perceptual=FeatureMap(network, ["middle_block"], timestep=50), **FAST)
-    assert not any(name.startswith("perceptual") for name in detector.state_dict())
-    assert detector.detect(slices()).anomaly_map.max() > 0
-    assert all(p.requires_grad for p in network.parameters())
-    copied = deepcopy(detector)  # as the moving average does
-    assert copied.perceptual.used[0] is copied.unet is not network
-
-
 def test_layer_that_is_not_there_is_refused():
     with pytest.raises(SettingError, match="the network has no down"):
-        FeatureMap(unet(), ["down"], timestep=0)
+        FeatureMap(unet(), ["down"])
 
 
 class FakeLPIPS(nn.Module):

@@ -20,6 +20,12 @@ def toy(x, t):
     return torch.tanh(0.7 * x + 0.3) - 0.1 * t.view(-1, 1, 1, 1) / 1000
 
 
+class LevelL1(DDPM):
+    """As AnoDDPM counts."""
+
+    first_index = "L-1"
+
+
 class Stub(nn.Module):
     """Stands for the U-Net: a function of (x_t, t); remembers its calls."""
 
@@ -110,7 +116,7 @@ def test_level_that_stands_for_the_index_before():
     g, stub = golden("ano_ddpm/forward_backward_gauss_L6"), Stub()
     noise = Given(g["noises"])
     scheduler = DDPMScheduler(variance_type="fixed_large")
-    detector = DDPM(stub, scheduler, level=6, first_index="L-1", forward_noise=noise, reverse_noise=noise)
+    detector = LevelL1(stub, scheduler, level=6, forward_noise=noise, reverse_noise=noise)
     result = detector.reconstruct(g["x0"], [])
     assert [int(t) for _, t in stub.calls] == [5, 4, 3, 2, 1, 0]
     states = torch.stack([x for x, _ in stub.calls] + [result])
@@ -120,9 +126,9 @@ def test_level_that_stands_for_the_index_before():
 # --- walks ---
 
 
-@pytest.mark.parametrize(("first_index", "calls"), [("L", 201), ("L-1", 200)])
-def test_calls_of_the_full_walk(first_index, calls):
-    detector = DDPM(Stub(), level=200, first_index=first_index)
+@pytest.mark.parametrize(("method", "calls"), [(DDPM, 201), (LevelL1, 200)])
+def test_calls_of_the_full_walk(method, calls):
+    detector = method(Stub(), level=200)
     assert detector.steps == [(t, t - 1) for t in range(calls - 1, -1, -1)]
 
 
@@ -184,7 +190,7 @@ def test_residuals():
 @pytest.mark.parametrize(("symmetric", "lowest"), [(True, -1.0), (False, 0.0)])
 def test_range_that_the_network_sees(symmetric, lowest):
     stub = Stub(lambda x, t: torch.zeros_like(x))
-    detector = DDPM(stub, level=1, first_index="L-1", forward_noise=Given([torch.zeros(1)]), symmetric=symmetric)
+    detector = LevelL1(stub, level=1, forward_noise=Given([torch.zeros(1)]), symmetric=symmetric)
     detection = detector.detect(slices())
     seen = stub.calls[0][0] / 0.9999**0.5
     torch.testing.assert_close(seen.min().item(), lowest)
@@ -232,10 +238,10 @@ def test_state_holds_the_network_alone():
     assert {name.split(".")[0] for name in detector.state_dict()} == {"unet"}
 
 
-@pytest.mark.parametrize("settings", [{"level": 1000}, {"level": -1}, {"level": 0, "first_index": "L-1"}])
-def test_level_outside_the_schedule_is_refused(settings):
+@pytest.mark.parametrize(("method", "level"), [(DDPM, 1000), (DDPM, -1), (LevelL1, 0)])
+def test_level_outside_the_schedule_is_refused(method, level):
     with pytest.raises(SettingError, match=r"level: index -?\d+ is outside the schedule, 0 ... 999"):
-        DDPM(Stub(), **settings)
+        method(Stub(), level=level)
 
 
 @pytest.mark.parametrize("count", [0, -1, 42])

@@ -11,7 +11,7 @@ from torch import nn
 from common.detection.method import image_difference, mirror, noise_like
 from common.diffusion.masked_ddim import MaskedDDIMScheduler
 from common.errors import ImageShapeError, SettingError
-from common.methods.mad_ad import MADAD, MADADObjective, random_subset
+from common.methods.mad_ad import MADAD, PATCH_SIZES, MADADObjective, random_subset
 from common.networks.latent_space import LatentSpace
 from common.networks.masked_unet import MaskedDiffusionUNet
 from common.networks.strided_autoencoder import StridedAutoencoderKL
@@ -201,8 +201,9 @@ def test_losses_of_the_reference(sample, mask_loss, mask_key, loss_key):
 @pytest.mark.parametrize("sides", [(1, 1), (2, 4), (8, 1), (8, 8)])
 def test_random_mask_has_the_patches_and_counts_of_the_reference(sides, monkeypatch):
     g, rand = golden("mad_ad/random_mask"), torch.rand
-    objective = MADADObjective(tiny(), max_ratio=1.0)
-    indices = [objective.patch_sizes.index(side) for side in sides]
+    objective = MADADObjective(tiny())
+    monkeypatch.setattr("common.methods.mad_ad.MAX_RATIO", 1.0)
+    indices = [PATCH_SIZES.index(side) for side in sides]
     monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.tensor(indices))
     ratios = g["ratios"].float().view(3, 1)
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: ratios if shape == (3, 1) else rand(*shape))
@@ -215,8 +216,9 @@ def test_random_mask_has_the_patches_and_counts_of_the_reference(sides, monkeypa
         assert torch.equal(cells.amax(3), cells.amin(3))
 
 
-def test_random_mask_draws_ratio_and_patches_as_documented():
-    objective, z = MADADObjective(tiny(), patch_sizes=(1, 2), patch_probabilities=(0.0, 1.0)), torch.zeros(400, 2, 8, 8)
+def test_random_mask_draws_the_ratio_as_documented(monkeypatch):
+    monkeypatch.setattr("common.methods.mad_ad.PATCH_PROBABILITIES", (0.0, 1.0, 0.0, 0.0))
+    objective, z = MADADObjective(tiny()), torch.zeros(400, 2, 8, 8)
     torch.manual_seed(0)
     shares = objective.random_mask(z).mean(dim=(1, 2, 3)) * 16  # patches of 2 x 2, so 16 of them
     torch.testing.assert_close(shares, shares.round())
@@ -225,8 +227,10 @@ def test_random_mask_draws_ratio_and_patches_as_documented():
     assert shares.mean() == pytest.approx(0.2 * 16 + 0.5, abs=0.3)  # rounded up
 
 
-def test_random_mask_covers_a_grid_that_is_no_multiple_of_the_patch():
-    objective = MADADObjective(tiny(), patch_sizes=(4,), patch_probabilities=(1.0,), max_ratio=1.0)
+def test_random_mask_covers_a_grid_that_is_no_multiple_of_the_patch(monkeypatch):
+    monkeypatch.setattr("common.methods.mad_ad.PATCH_PROBABILITIES", (0.0, 0.0, 1.0, 0.0))
+    monkeypatch.setattr("common.methods.mad_ad.MAX_RATIO", 1.0)
+    objective = MADADObjective(tiny())
     torch.manual_seed(0)
     masks = torch.stack([objective.random_mask(torch.zeros(1, 2, 6, 10)) for _ in range(50)])
     assert masks.shape[-2:] == (6, 10)
@@ -259,9 +263,10 @@ def test_block_of_one_cell_and_share(share, allowed):
     assert cells.tolist() == [[[[allowed, 0], [0, 0]]]]
 
 
-def test_noise_falls_into_allowed_cells_only():
+def test_noise_falls_into_allowed_cells_only(monkeypatch):
+    monkeypatch.setattr("common.methods.mad_ad.MAX_RATIO", 1.0)
     stub = Stub(lambda z, t: (z, z[:, :1]))
-    objective = MADADObjective(tiny(stub), max_ratio=1.0, brain_block=1)
+    objective = MADADObjective(tiny(stub), brain_block=1)
     mean = torch.randn(16, 2, 4, 4)
     foreground = torch.zeros(16, 1, 16, 16, dtype=torch.bool)
     foreground[..., 4:12, 4:] = True

@@ -62,12 +62,12 @@ def test_loss_is_the_bound_over_the_number_of_pixels(mean, std):
     posterior = torch.full((3, 6), mean), torch.full((3, 6), std).square().log()
     detector.posterior = lambda _: posterior
     detector.decode = lambda z, size: image - 0.25
-    losses = VAEObjective(detector, kl_weight=2.0)(image)
+    losses = VAEObjective(detector)(image)
     normal = torch.distributions.Normal
     kl = 6 * torch.distributions.kl_divergence(normal(mean, std), normal(0.0, 1.0))
     assert losses["kl"].item() == pytest.approx(kl.item(), rel=1e-5)
     assert losses["l1"].item() == pytest.approx(0.25)
-    assert losses["loss"].item() == pytest.approx(0.25 + 2 * kl.item() / 256, rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(0.25 + kl.item() / 256, rel=1e-5)
 
 
 def test_latent_is_sampled_in_training_and_everything_is_trained():

@@ -18,14 +18,14 @@ SETTINGS = {
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_image_in_and_out(factor):
-    network = PixelUnshuffleUNet(2, 3, factor, **SETTINGS).eval()
+    network = PixelUnshuffleUNet(2, factor, **SETTINGS).eval()
     assert size_divisor(network) == 2 * factor
-    assert network(torch.rand(2, 2, 16, 8), torch.tensor([3, 500])).shape == (2, 3, 16, 8)
+    assert network(torch.rand(2, 2, 16, 8), torch.tensor([3, 500])).shape == (2, 2, 16, 8)
 
 
 def test_cells_are_channels_of_monais_network():
     torch.manual_seed(0)
-    network = PixelUnshuffleUNet(1, 1, 2, **SETTINGS).eval()
+    network = PixelUnshuffleUNet(1, 2, **SETTINGS).eval()
     torch.nn.init.normal_(network.out[2].conv.weight)
     plain = DiffusionModelUNet(spatial_dims=2, in_channels=4, out_channels=4, **SETTINGS).eval()
     plain.load_state_dict(network.state_dict())

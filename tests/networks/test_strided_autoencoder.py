@@ -23,13 +23,6 @@ def test_each_level_halves_the_resolution(levels, in_channels):
     assert network.decode(mean).shape == x.shape
 
 
-def test_volumes():
-    network = tiny(spatial_dims=3)
-    x = torch.randn(1, 1, 8, 8, 4)
-    assert network.encode(x)[0].shape == (1, 3, 2, 2, 1)
-    assert network(x)[0].shape == x.shape
-
-
 def test_forward_decodes_a_sample_of_the_posterior():
     network, x = tiny(), torch.randn(2, 1, 8, 8)
     torch.manual_seed(5)

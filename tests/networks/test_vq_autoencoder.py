@@ -6,14 +6,12 @@ from arrays import golden
 
 from common.errors import SettingError
 from common.networks.latent_space import LatentSpace
-from common.networks.vq_autoencoder import VQAutoencoder, codebook_use, far_apart
+from common.networks.vq_autoencoder import DECAY, VQAutoencoder, codebook_use, far_apart
 
 
-def tiny(num_embeddings=8, **settings):
+def tiny(num_embeddings=8):
     torch.manual_seed(0)
-    return VQAutoencoder(
-        channels=(4, 8), num_res_layers=1, num_embeddings=num_embeddings, embedding_dim=3, **settings
-    ).eval()
+    return VQAutoencoder(channels=(4, 8), num_res_layers=1, num_embeddings=num_embeddings, embedding_dim=3).eval()
 
 
 @pytest.fixture
@@ -21,11 +19,10 @@ def g():
     return golden("latent_ddpm/vq")
 
 
-def quantiser_of(g, cluster_size=0.0, restart_below=0.1):
+def quantiser_of(g, cluster_size=0.0):
     """With the codebook of the golden arrays."""
-    network = VQAutoencoder(
-        channels=(4,), num_embeddings=4, embedding_dim=2, decay=float(g["decay"]), restart_below=restart_below
-    )
+    assert float(g["decay"]) == pytest.approx(DECAY)
+    network = VQAutoencoder(channels=(4,), num_embeddings=4, embedding_dim=2)
     network.quantizer.embedding.weight.data.copy_(g["codebook"])
     network.quantizer.ema_w.copy_(g["codebook"])
     network.quantizer.ema_cluster_size.fill_(cluster_size)
@@ -64,7 +61,8 @@ def test_update_from_codes_in_use_is_a_moving_average(g):
 
 
 def test_stock_codebook_explodes_and_ours_does_not(g):
-    stock, ours = quantiser_of(g, restart_below=0.0), quantiser_of(g)
+    stock, ours = quantiser_of(g), quantiser_of(g)
+    stock.restart_below = 0.0
     update(stock, g["x"])
     torch.testing.assert_close(stock.quantizer.embedding.weight, g["after_train_codebook"], rtol=1e-3, atol=1e-3)
     update(ours, g["x"])
@@ -81,8 +79,9 @@ def toy_images(count=32):
     return (disc * (torch.rand(count, 1, 1, generator=generator) * 0.8 + 0.2))[:, None]
 
 
-def codes_in_use_after(steps, **settings):
-    network, images = tiny(16, **settings).train(), toy_images()
+def codes_in_use_after(steps, restart_below=VQAutoencoder.restart_below):
+    network, images = tiny(16).train(), toy_images()
+    network.restart_below = restart_below
     network.requires_grad_(True)
     network.quantizer.embedding.requires_grad_(False)
     optimizer = torch.optim.Adam((p for p in network.parameters() if p.requires_grad), lr=1e-3)

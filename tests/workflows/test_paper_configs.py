@@ -66,6 +66,8 @@ def test_networks_have_the_papers_size(config, paper, channels, autoencoder, L):
     assert p.shape == (1, 128, 32, 32)
     assert detector.scheduler.timesteps == list(range(L - 1, -1, -1))
     assert detector.P == 0.5
+    assert (detector.scheduler.soft_z0, detector.scheduler.reference) == ("inserted", "paper")
+    assert detector.num_passes == 1
 
 
 @pytest.mark.parametrize("paper", ["brats2020", "oct2017"])
@@ -78,6 +80,7 @@ def test_each_stage_has_its_own_settings(paper):
         assert (item("batch_size"), item("learning_rate")) == (batch_size, learning_rate)
         assert item("max_epochs") * item("epoch_length") == steps
         assert item("augmentation") is None
+        assert (item("ema_decay"), item("max_norm"), item("bfloat16")) == (0, None, False)
 
 
 @pytest.mark.parametrize("paper", ["brats2020", "oct2017"])

@@ -85,6 +85,16 @@ def test_steps_follow_the_clipped_gradient_and_the_schedule(tmp_path):
     assert logged(tmp_path)["train_loss"] == pytest.approx(losses)
 
 
+def test_plain_training_neither_clips_nor_averages(tmp_path):
+    trainer, _ = make(tmp_path, epochs=2, max_norm=None, ema_decay=0.0)
+    losses, number, expected = losses_of(trainer), 2.0, []
+    for step in range(6):
+        expected.append((number - 0.5) ** 2)
+        number -= 0.1 * 0.9**step * 2 * (number - 0.5)
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert trainer.average.module.number.item() == trainer.network.number.item() == pytest.approx(number, rel=1e-3)
+
+
 @pytest.mark.parametrize("interval", [1, 2])
 def test_the_average_is_validated_every_few_epochs(tmp_path, interval):
     trainer, evaluator = make(tmp_path, epochs=4, val_interval=interval, monitor=["signed"], ema_decay=0.5)
@@ -127,6 +137,7 @@ def test_losses_under_bfloat16_are_float32_and_close():
     losses = Bfloat16Inferer()(images, Squared(network))
     assert losses.dtype == torch.float32
     assert losses.item() == pytest.approx(Squared(network)(images).item(), rel=0.05)
+    assert Bfloat16Inferer(enabled=False)(images, lambda x: network(x)).dtype == torch.float32
 
 
 class Squared(nn.Module):
