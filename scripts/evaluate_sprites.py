@@ -7,9 +7,9 @@
         --row latent_ddpm_headct:variant=c --row latent_ddpm_headct:num_score_timesteps=999 --row vae_headct
 
 A row is a bundle or the path of an `inference.json`, and after a colon items of it with other values, `weights` too.
-Written: the JSON and, beside it, the table as Markdown. Slices go to the method as the network prepares them. Images are
-ranked by the mean of the highest 1 % of their map, and by the method's own score where it has one, which is what the
-paper prints: the mean KL of the latent DDPM, -log p of the transformers.
+Written: the JSON and, beside it, the table as Markdown. Slices go to the method as the network prepares them. Images
+are ranked by the mean of the highest 1 % of their map, and by the method's own score where it has one, which is what
+the paper prints: the mean KL of the latent DDPM, -log p of the transformers.
 """
 
 from __future__ import annotations
