@@ -61,7 +61,7 @@ class Fingerprint:
         """One line where a calibration is of other settings than these; None too where it does not say of which."""
         if calibrated_with is None:
             return None
-        if not (others := differences(_of_map_alone(calibrated_with), self.of_map, "the default")):
+        if not (others := differences(of_map_alone(calibrated_with), self.of_map, "the default")):
             return None
         return (
             f"the calibration is of other settings ({'; '.join(others)}): the calibrated threshold and the percentile "
@@ -72,14 +72,14 @@ class Fingerprint:
 def of_map(network: VolumeDetector, preprocessing: Recorded) -> dict[str, Any]:
     """See `Fingerprint`."""
     changed = {name: value for name, value in preprocessing.changed_settings.items() if name not in OF_THE_IMAGE}
-    return {"network": _of_map_alone(describe(network, only_changed=True)), "preprocessing": changed}
+    return {"network": of_map_alone(describe(network, only_changed=True)), "preprocessing": changed}
 
 
-def _of_map_alone(settings: Any) -> Any:
-    """Settings, those of their parts too, without `OF_THE_SCORE`."""
+def of_map_alone(settings: Any) -> Any:
+    """Settings, those of their parts too, without `OF_THE_SCORE`: older calibrations name them."""
     if not isinstance(settings, Mapping):
         return settings
-    return {name: _of_map_alone(value) for name, value in settings.items() if name not in OF_THE_SCORE}
+    return {name: of_map_alone(value) for name, value in settings.items() if name not in OF_THE_SCORE}
 
 
 def differences(before: Any, now: Any, missing: str, name: str = "") -> list[str]:
