@@ -134,12 +134,12 @@ class Detector:
         volumes = {name: output[name] for name in ("anomaly_map", "segmentation", "reconstruction")}
         case = Case(subject=subject, image=batch["input"], brain=batch["brain"], **volumes)
         lesions = find_lesions(case)
+        result = self._kept.result(output)
         run = self._kept.run_record(batch, self._runner.evaluator.state.device)
         run["seconds"] = round(time.perf_counter() - started, 3)
         images = {name: as_nifti(volume, case.affine) for name, volume in volumes.items()}
-        return Detection(
-            **images, lesions=numbered(lesions), record=case_record(subject, output["result"], run, lesions)
-        )
+        record = case_record(subject, result, run, lesions)
+        return Detection(**images, lesions=numbered(lesions), record=record)
 
 
 def load_detector(bundle: str, **options: Any) -> Detector:

@@ -181,7 +181,7 @@ def detect(detector: BerDiff, slices: Slices) -> tuple[Detection, float]:
     parts, start = [], time.perf_counter()
     for image, seeds in zip(slices.image.split(BATCH), slices.seed.split(BATCH), strict=True):
         found = detector.detect(image.to(device), seeds=seeds)
-        parts.append((found.anomaly_map.cpu(), found.reconstruction.cpu(), found.score.cpu()))
+        parts.append((found.anomaly_map.cpu(), found.reconstruction.cpu(), torch.as_tensor(found.score).cpu()))
     seconds = (time.perf_counter() - start) / len(slices.image)
     return Detection(*(torch.cat(part) for part in zip(*parts, strict=True))), seconds
 
@@ -198,7 +198,7 @@ def measure(detector: BerDiff, slices: Slices, setting: Setting, seed: int) -> d
         torch.cuda.reset_peak_memory_stats()
     configure(detector, setting)
     found, seconds = detect(detector, slices)
-    shares = found.score.double().numpy()
+    shares = torch.as_tensor(found.score).double().numpy()
     metrics = pooled(slices, found.anomaly_map[:, 0], seed, found.score)
     both = {"healthy": ~slices.diseased.numpy(), "diseased": slices.diseased.numpy()}
     return {
@@ -206,7 +206,8 @@ def measure(detector: BerDiff, slices: Slices, setting: Setting, seed: int) -> d
         "sum": masked_bernoulli_metrics(slices.image, found.reconstruction, slices.lesion, "sum"),
         "per_channel": masked_bernoulli_metrics(slices.image, found.reconstruction, slices.lesion, "per-channel"),
         "pooled": {name: metrics[name] for name in POOLED},
-        "masked_share": {"auroc": metrics["image_auroc"]} | {name: box(shares[which]) for name, which in both.items()},
+        "masked_share": {"auroc": metrics["image_auroc_method"]}
+        | {name: box(shares[which]) for name, which in both.items()},
         "seconds_per_slice": seconds,
         "peak_memory_gb": peak_memory_mb(next(detector.parameters()).device) / 1e3,
         "shares": shares,
@@ -228,7 +229,8 @@ def pooled(
         own = torch.from_numpy(subjects == subject)
         volumes = (x[own].movedim(0, -1) for x in (maps, slices.lesion, foreground))
         own_images = {name: x[own].movedim(0, -1) for name, x in images.items()}
-        metrics.update(str(subject), *volumes, slice_scores=None if scores is None else scores[own], **own_images)
+        of_method = None if scores is None else scores[own]
+        metrics.update(str(subject), *volumes, method_slice_scores=of_method, **own_images)
     return metrics.compute(seed)
 
 

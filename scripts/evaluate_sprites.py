@@ -4,18 +4,19 @@
         uad cohort headct-sprites MedNIST/HeadCT -o sprites$seed --seed $seed --test-only
     done
     python scripts/evaluate_sprites.py sprites0 sprites1 sprites2 -o result.json \\
-        --row latent_ddpm_headct:variant=c --row latent_ddpm_headct:variant=d,num_score_timesteps=50 --row vae_headct
+        --row latent_ddpm_headct:variant=c --row latent_ddpm_headct:num_score_timesteps=999 --row vae_headct
 
 A row is a bundle or the path of an `inference.json`, and after a colon items of it with other values, `weights` too.
-Written: the JSON and, beside it, the table as Markdown. Slices go to the method as the network prepares them; where a
-method has an image-level score of its own, that is taken.
+Written: the JSON and, beside it, the table as Markdown. Slices go to the method as the network prepares them. Images
+are ranked by the mean of the highest 1 % of their map, and by the method's own score where it has one, which is what
+the paper prints: the mean KL of the latent DDPM, -log p of the transformers.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from common.bundle import BUNDLES_DIR, check_items, parse_items, split_settings
 from common.cohorts.table import cohort_modalities, read_cohort
-from common.detection.method import foreground_of, top_mean
+from common.detection.method import foreground_of, seeded_generators, top_mean
 from common.errors import SettingError
 from common.files import replacing
 from common.metrics import intensity_threshold, latent_ddpm_sprites
@@ -39,7 +40,9 @@ from common.transforms.load import load_lesion
 from common.weights import load_into, sha256
 
 METRICS = {"max_dice": "best Dice", "auprc": "AUPRC", "image_auroc": "image AUROC", "image_auprc": "image AUPRC"}
-PAPER = {  # in the order of METRICS; of images only the two are printed
+OF_METHOD = {"method_auroc": "image AUROC, method's score", "method_auprc": "image AUPRC, method's score"}
+SECONDS = {"seconds_per_100": "s per 100 images", "score_seconds_per_100": "and for the method's score"}
+PAPER = {  # best Dice, AUPRC, and where they are printed those of images by the method's score
     "AE": (0.165, 0.093),
     "VAE, dense": (0.533, 0.464),
     "f-AnoGAN": (0.492, 0.432),
@@ -49,7 +52,9 @@ PAPER = {  # in the order of METRICS; of images only the two are printed
     "latent DDPM (b)": (0.908, 0.950),
     "latent DDPM (c)": (0.920, 0.955, 0.827, 0.702),
 }
-Method = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # slices, seeds -> maps (N, H, W), scores (N,)
+# slices, places in their stacks -> maps (N, H, W), and the method's own scores (N,) where they come with them
+Method = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+Score = Callable[[Tensor, Tensor], Tensor | None]  # the same -> own scores (N,) that take passes of their own
 
 
 def main(
@@ -122,39 +127,71 @@ def measure(row: Row, cohorts: list[Path], device: torch.device, batch_size: int
     load_into(network, weights)
     detector = network.to(device).eval().detector
 
-    def method(slices: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def batches(slices: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         seeds = network.seed * 1_000_003 + positions  # as in `VolumeDetector`
-        batches = zip(slices.split(batch_size), seeds.split(batch_size), strict=True)
-        found = [detector.detect(part.to(device), seeds=seed) for part, seed in batches]
-        return torch.cat([f.anomaly_map[:, 0].cpu() for f in found]), torch.cat([f.score.cpu() for f in found])
+        return zip(slices.to(device).split(batch_size), seeds.split(batch_size), strict=True)
 
-    result = evaluate(method, preprocessing, cohorts)
+    def method(slices: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = [detector.detect(part, seeds=seeds) for part, seeds in batches(slices, positions)]
+        return torch.cat([f.anomaly_map[:, 0].cpu() for f in found]), joined([f.score for f in found])
+
+    def score(slices: Tensor, positions: Tensor) -> Tensor | None:
+        return joined(
+            [
+                detector.score(part, foreground_of(part), seeded_generators(seeds))
+                for part, seeds in batches(slices, positions)
+            ]
+        )
+
+    result = evaluate(method, preprocessing, cohorts, score if detector.has_separate_score else None)
     return {"name": row.name, **result, "weights_sha256": sha256(weights), "seed": network.seed}
+
+
+def joined(scores: list[Tensor | None]) -> Tensor | None:
+    """Those of all batches, on the CPU; None where there are none."""
+    known = [score.cpu() for score in scores if score is not None]
+    return torch.cat(known) if known else None
 
 
 def intensity_row(cohorts: list[Path], direction: Any) -> dict[str, Any]:
     """The baseline that costs nothing."""
 
-    def method(slices: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    def method(slices: Tensor, _: Tensor) -> tuple[Tensor, None]:
         volume = slices.movedim(0, -1)
-        maps = intensity_threshold(volume, foreground_of(volume[None])[0], direction)[0].movedim(-1, 0)
-        return maps, torch.stack([top_mean(m[s[0] > 0]) for m, s in zip(maps, slices, strict=True)])
+        return intensity_threshold(volume, foreground_of(volume[None])[0], direction)[0].movedim(-1, 0), None
 
     return {"name": f"intensity, {direction}", **evaluate(method, HeadCTPreprocessing(), cohorts)}
 
 
-def evaluate(method: Method, preprocessing: Callable[..., Any], cohorts: list[Path]) -> dict[str, Any]:
-    """The metrics, each as `mean` and `values` over the cohorts, and `seconds_per_100` images."""
-    found, seconds, count = [], 0.0, 0
+def evaluate(
+    method: Method, preprocessing: Callable[..., Any], cohorts: list[Path], score: Score | None = None
+) -> dict[str, Any]:
+    """The metrics, each as `mean` and `values` over the cohorts, and the `SECONDS`; `score`: where it is apart."""
+    found, seconds, score_seconds, count = [], 0.0, 0.0, 0
     for cohort in cohorts:
         slices, sprites, positions = read_slices(cohort / "cohort.csv", preprocessing)
         started = time.perf_counter()
-        maps, scores = method(slices, positions)
+        maps, of_method = method(slices, positions)
         seconds, count = seconds + time.perf_counter() - started, count + len(slices)
-        found.append(latent_ddpm_sprites(maps.numpy(), sprites.numpy(), scores.double().numpy()))
-    values = {metric: [one[metric] for one in found] for metric in METRICS}
+        if score is not None:
+            started = time.perf_counter()
+            of_method = score(slices, positions)
+            score_seconds += time.perf_counter() - started
+        of_map = torch.stack([top_mean(m[s]) for m, s in zip(maps, foreground_of(slices)[:, 0], strict=True)])
+        found.append(metrics_of(maps, sprites, of_map, of_method))
+    values = {metric: [one[metric] for one in found] for metric in found[0]}
     metrics = {metric: {"mean": float(np.mean(v)), "values": v} for metric, v in values.items()}
-    return {"metrics": metrics, "seconds_per_100": 100 * seconds / count}
+    apart = {} if score is None else {"score_seconds_per_100": 100 * score_seconds / count}
+    return {"metrics": metrics, "seconds_per_100": 100 * seconds / count, **apart}
+
+
+def metrics_of(maps: Tensor, sprites: Tensor, of_map: Tensor, of_method: Tensor | None) -> dict[str, float]:
+    """`METRICS`, and `OF_METHOD` where there is such a score: the paper's protocol by either score of the images."""
+    metrics = latent_ddpm_sprites(maps.numpy(), sprites.numpy(), of_map.double().numpy())
+    if of_method is None:
+        return metrics
+    own = latent_ddpm_sprites(maps.numpy(), sprites.numpy(), of_method.double().numpy())
+    return metrics | {"method_auroc": own["image_auroc"], "method_auprc": own["image_auprc"]}
 
 
 def read_slices(cohort: Path, preprocessing: Callable[..., Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,14 +212,21 @@ def read_slices(cohort: Path, preprocessing: Callable[..., Any]) -> tuple[Tensor
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: means with the range over the cohorts; the paper's rows below."""
-    lines = [f"| | {' | '.join(METRICS.values())} | s per 100 images |", f"|---|{'---|' * (len(METRICS) + 1)}"]
+    header = METRICS | OF_METHOD | SECONDS
+    lines = [f"| | {' | '.join(header.values())} |", f"|---|{'---|' * len(header)}"]
     for result in results:
-        cells = [cell(result["metrics"][metric]["values"]) for metric in METRICS]
-        lines.append(f"| {result['name']} | {' | '.join(cells)} | {result['seconds_per_100']:.2g} |")
+        cells = {name: cell(metric["values"]) for name, metric in result["metrics"].items()}
+        cells |= {name: f"{result[name]:.2g}" for name in SECONDS if name in result}
+        lines.append(line(result["name"], cells))
     for name, numbers in PAPER.items():
-        cells = [f"{number:.3f}" for number in numbers] + ["-"] * (len(METRICS) + 1 - len(numbers))
-        lines.append(f"| paper: {name} | {' | '.join(cells)} |")
+        printed = zip(("max_dice", "auprc", *OF_METHOD), numbers, strict=False)
+        lines.append(line(f"paper: {name}", {metric: f"{number:.3f}" for metric, number in printed}))
     return "\n".join(lines)
+
+
+def line(name: str, cells: Mapping[str, str]) -> str:
+    """A row of the table; a dash where nothing is known."""
+    return f"| {name} | {' | '.join(cells.get(column, '-') for column in METRICS | OF_METHOD | SECONDS)} |"
 
 
 def cell(values: list[float]) -> str:

@@ -12,6 +12,7 @@ from ..weights import weights_sha256
 from .volume import VolumeDetector
 
 OF_THE_IMAGE = ("strip", "brain_volume_ml")  # how the brain is found in an image: no calibration depends on it
+OF_THE_SCORE = ("num_score_timesteps",)  # no map depends on it; the calibration of earlier weights names it
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class Fingerprint:
 
     def calibration_warning(self, calibrated_with: Mapping[str, Any] | None) -> str | None:
         """One line where a calibration is of other settings than these; None too where it does not say of which."""
-        if calibrated_with is None or not (others := differences(calibrated_with, self.of_map, "the default")):
+        if calibrated_with is None:
+            return None
+        if not (others := differences(of_map_alone(calibrated_with), self.of_map, "the default")):
             return None
         return (
             f"the calibration is of other settings ({'; '.join(others)}): the calibrated threshold and the percentile "
@@ -69,7 +72,14 @@ class Fingerprint:
 def of_map(network: VolumeDetector, preprocessing: Recorded) -> dict[str, Any]:
     """See `Fingerprint`."""
     changed = {name: value for name, value in preprocessing.changed_settings.items() if name not in OF_THE_IMAGE}
-    return {"network": describe(network, only_changed=True), "preprocessing": changed}
+    return {"network": of_map_alone(describe(network, only_changed=True)), "preprocessing": changed}
+
+
+def of_map_alone(settings: Any) -> Any:
+    """Settings, those of their parts too, without `OF_THE_SCORE`: older calibrations name them."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {name: of_map_alone(value) for name, value in settings.items() if name not in OF_THE_SCORE}
 
 
 def differences(before: Any, now: Any, missing: str, name: str = "") -> list[str]:

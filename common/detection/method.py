@@ -1,4 +1,4 @@
-"""The contract that every method keeps: 2D slices in, a raw anomaly map, a reconstruction and a score out."""
+"""The contract that every method keeps: 2D slices in, a raw anomaly map and a reconstruction out, and maybe a score."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ class Detection:
 
     anomaly_map: (B, 1, H, W) float32 >= 0, raw, higher = more abnormal, exactly 0 outside the foreground.
     reconstruction: (B, C, H, W) in [0, 1], pseudo-healthy, exactly 0 outside the foreground.
-    score: (B,) the method's image-level score, higher = more abnormal.
+    score: (B,) the method's own image-level score, higher = more abnormal, where it comes with the map; else None, see
+        `AnomalyDetector.score`.
     """
 
     anomaly_map: Tensor
     reconstruction: Tensor
-    score: Tensor
+    score: Tensor | None = None
 
 
 class AnomalyDetector(Recorded, nn.Module):
     """One published method: its networks, its schedule and its post-processing in one module.
 
-    A subclass implements `_detect`. `size_divisor` is the multiple that H and W must have.
+    A subclass implements `_detect`, and `score` where its paper has an image-level score that takes passes through the
+    network of its own. `size_divisor` is the multiple that H and W must have.
     """
 
     size_divisor: int = 1
@@ -62,23 +64,30 @@ class AnomalyDetector(Recorded, nn.Module):
             raise ValueError(f"seeds {tuple(seeds.shape)} are not one per slice of {len(image)}")
         generators = seeded_generators([0] * len(image) if seeds is None else seeds)
         anomaly_map, reconstruction, *score = self._detect(image * foreground, foreground, generators)
-        anomaly_map = anomaly_map.float() * foreground
         return Detection(
-            anomaly_map=anomaly_map,
+            anomaly_map=anomaly_map.float() * foreground,
             reconstruction=reconstruction.float().clamp(0, 1) * foreground,
-            score=score[0] if score else self._score(anomaly_map, foreground),
+            score=score[0] if score else None,
         )
 
     @abstractmethod
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, ...]:
         """Anomaly map (B, 1, H, W) >= 0 and reconstruction (B, C, H, W); `detect` masks and clamps both.
 
-        A method with an image-level score that is not one of its map returns that too, (B,).
+        A method whose own image-level score needs no further pass through the network returns that too, (B,).
         """
 
-    def _score(self, anomaly_map: Tensor, foreground: Tensor) -> Tensor:
-        """Image-level score (B,); default: the mean of the highest 1 % of the foreground's values."""
-        return torch.stack([top_mean(m[f]) for m, f in zip(anomaly_map, foreground, strict=True)])
+    def score(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> Tensor | None:
+        """The method's own image-level score (B,), higher = more abnormal, where it takes passes of its own.
+
+        Arguments as those of `_detect`. None where `detect` gives the score, or where the method has none.
+        """
+        return None
+
+    @property
+    def has_separate_score(self) -> bool:
+        """Whether `score` gives one."""
+        return type(self).score is not AnomalyDetector.score
 
 
 class TrainingObjective(nn.Module):

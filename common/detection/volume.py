@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.networks.layers import gaussian_1d, separable_filtering
+from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from ..errors import BundleError, SettingError
 from ..recorded import Recorded
 from .calibration import Calibration
-from .method import AnomalyDetector, foreground_of
+from .method import AnomalyDetector, foreground_of, seeded_generators
 from .normalisation import WithinSubjectNormalisation
 
 
@@ -34,6 +35,9 @@ class VolumeDetector(Recorded, nn.Module):
         mirror: the result for the mirrored slices (the first of their axes, left and right in RAS) is averaged in.
         smoothing_vox: Gaussian smoothing of the map in three dimensions, in voxels, within the foreground; 0 for none.
         normalisation: what `Postprocessing` does to the map next; its atlas travels with the weights.
+
+    `slice_scores`, (B, D) along `axis`: the method's own image-level scores of the slices that the last call has seen,
+    NaN of those without foreground; None where they do not come with the map, see `score`.
 
     Raises SettingError where a number is out of its range.
     """
@@ -66,6 +70,7 @@ class VolumeDetector(Recorded, nn.Module):
         self.smoothing_vox = smoothing_vox
         self.normalisation = normalisation
         self.calibration = Calibration()
+        self.slice_scores: Tensor | None = None
         self.preparation_names = sorted(preparation or {})
         values = [float(x) for name in self.preparation_names for x in np.ravel((preparation or {})[name])]
         self.register_buffer("preparation", torch.tensor(values, dtype=torch.float64))
@@ -74,33 +79,76 @@ class VolumeDetector(Recorded, nn.Module):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, H, W, D), prepared: foreground in (0, 1], background 0 -> (B, 1 + C, H, W, D): map, reconstruction."""
-        slices = image.movedim(self.axis + 2, 1).flatten(0, 1)
         count = image.shape[self.axis + 2]
-        indices = (slices > 0).flatten(1).any(dim=1).nonzero().flatten()
+        slices = image.movedim(self.axis + 2, 1).flatten(0, 1)
         result = slices.new_zeros(len(slices), 1 + slices.shape[1], *slices.shape[2:])
-        for batch in indices.split(self.batch_size) if len(indices) else ():
-            result[batch] = self._views(slices[batch], batch % count)
+        scores = torch.full((len(slices),), torch.nan, device=slices.device)
+        for batch in self._batches(slices):
+            result[batch], found = self._detect(slices[batch], batch % count)
+            if found is not None:
+                scores[batch] = found
+        self.slice_scores = None if scores.isnan().all() else scores.unflatten(0, (len(image), count))
         result = result.unflatten(0, (len(image), count)).movedim(1, self.axis + 2).contiguous()
         if self.smoothing_vox > 0:
             result[:, :1] = smoothed_within(result[:, :1], foreground_of(image), self.smoothing_vox)
         return result
 
-    def _views(self, slices: Tensor, positions: Tensor) -> Tensor:
-        """The mean over seeds and mirror images."""
-        total, count = torch.zeros(()), 0
-        for seed in range(self.seed, self.seed + self.num_seeds):
-            seeds = seed * 1_000_003 + positions
-            total, count = total + self._detect(slices, seeds), count + 1
-            if self.mirror:
-                total, count = total + self._detect(slices.flip(2), seeds).flip(2), count + 1
-        return total / count
+    @torch.no_grad()
+    def score(self, image: Tensor) -> Tensor | None:
+        """The method's own image-level scores of the slices where they take passes of their own: see `slice_scores`.
 
-    def _detect(self, slices: Tensor, seeds: Tensor) -> Tensor:
+        (B, C, H, W, D), as for `forward` -> (B, D); None where they come with the map, or where the method has none.
+        """
+        if not self.detector.has_separate_score:
+            return None
+        count = image.shape[self.axis + 2]
+        slices = image.movedim(self.axis + 2, 1).flatten(0, 1)
+        scores = torch.full((len(slices),), torch.nan, device=slices.device)
+        for batch in self._batches(slices):
+            views = self._views(slices[batch], batch % count)
+            found = (self.detector.score(x, foreground_of(x), seeded_generators(seeds)) for x, seeds, _ in views)
+            scores[batch] = _mean([score for score in found if score is not None])
+        return None if scores.isnan().all() else scores.unflatten(0, (len(image), count))
+
+    def _batches(self, slices: Tensor) -> Sequence[Tensor]:
+        """Indices of the slices that hold foreground."""
+        indices = (slices > 0).flatten(1).any(dim=1).nonzero().flatten()
+        return indices.split(self.batch_size) if len(indices) else ()
+
+    def _views(self, slices: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """What the method sees of slices, by seed and mirrored: padded slices, seeds, whether they are mirrored."""
         height, width = slices.shape[2:]
         divisor = self.detector.size_divisor
-        padded = F.pad(slices, (0, -width % divisor, 0, -height % divisor))
-        detection = self.detector.detect(padded, seeds=seeds)
-        return torch.cat([detection.anomaly_map, detection.reconstruction], dim=1)[..., :height, :width]
+        for seed in range(self.seed, self.seed + self.num_seeds):
+            for mirrored in (False, True)[: 1 + self.mirror]:
+                seen = slices.flip(2) if mirrored else slices
+                yield F.pad(seen, (0, -width % divisor, 0, -height % divisor)), seed * 1_000_003 + positions, mirrored
+
+    def _detect(self, slices: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map and reconstruction in one, and the scores that come with them: means over the views."""
+        height, width = slices.shape[2:]
+        total, count, scores = torch.zeros(()), 0, []
+        for padded, seeds, mirrored in self._views(slices, positions):
+            found = self.detector.detect(padded, seeds=seeds)
+            pair = torch.cat([found.anomaly_map, found.reconstruction], dim=1)[..., :height, :width]
+            total, count = total + (pair.flip(2) if mirrored else pair), count + 1
+            scores += [] if found.score is None else [found.score]
+        return total / count, _mean(scores) if scores else None
+
+
+def _mean(scores: Sequence[Tensor]) -> Tensor:
+    """Of (B,) each, without the meta data of a `MetaTensor`."""
+    return torch.stack([convert_to_tensor(score, track_meta=False) for score in scores]).mean(dim=0)
+
+
+def volume_mean(slice_scores: Tensor | None) -> float | None:
+    """The score of a volume, from those of its slices (D,): their mean, but for slices without foreground (NaN).
+
+    The papers score slices. None where there is no score.
+    """
+    if slice_scores is None or slice_scores.isnan().all():
+        return None
+    return float(slice_scores.double().nanmean())
 
 
 def smoothed_within(anomaly_map: Tensor, foreground: Tensor, smoothing_vox: float) -> Tensor:

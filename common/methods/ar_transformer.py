@@ -8,7 +8,6 @@ anomaly from several sides: the ensemble.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from monai.utils.ordering import Ordering
 from torch import Tensor, nn
 
-from ..detection.method import AnomalyDetector, Detection, TrainingObjective
+from ..detection.method import AnomalyDetector, TrainingObjective
 from ..errors import ImageShapeError
 from ..networks.cached_transformer import TokenReader, lean_transformer
 from ..networks.latent_space import LatentSpace, latents
@@ -43,7 +42,7 @@ def sequence_order(size: tuple[int, int], index: int) -> Tensor:
 
 
 class ARTransformer(AnomalyDetector):
-    """The detector; one transformer for each ordering, their maps averaged.
+    """The detector; one transformer for each ordering, their maps averaged, and so the score: -sum log p of the codes.
 
     Args:
         latent_space: of a `VQAutoencoder`.
@@ -82,24 +81,21 @@ class ARTransformer(AnomalyDetector):
         self.sigma_px = sigma_px
         self.size_divisor = latent_space.downsampling
 
-    def detect(self, image: Tensor, foreground: Tensor | None = None, seeds: Tensor | None = None) -> Detection:
-        """As every method; the score is -sum log p of the codes, averaged over the orderings."""
-        detection = super().detect(image, foreground, seeds)
-        return replace(detection, score=self.image_score(image if foreground is None else image * foreground))
-
-    def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+    def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, ...]:
         codes = self.codes(self.latent_space.posterior(image)[0])
-        anomaly_map, reconstruction = torch.zeros_like(image[:, :1]), torch.zeros_like(image)
+        anomaly_map, reconstruction, scores = torch.zeros_like(image[:, :1]), torch.zeros_like(image), []
         for index in range(len(self.transformers)):
             sequence, order = self.sequence(codes, index)
-            unlikely = self.unlikely(self.log_likelihood(sequence, index))
+            log_likelihood = self.log_likelihood(sequence, index)
+            scores.append(-log_likelihood.sum(dim=1))
+            unlikely = self.unlikely(log_likelihood)
             healed = self.heal(sequence, unlikely, self.reader(index), generators)
             healed_image = self.decode(unflatten(healed, order, codes.shape))
             mask = unflatten(unlikely, order, codes.shape)[:, None].to(image.dtype)
             part = masked_residual(image, healed_image, mask, self.sigma_px)
             anomaly_map = anomaly_map + part / len(self.transformers)
             reconstruction = reconstruction + healed_image / len(self.transformers)
-        return anomaly_map, reconstruction
+        return anomaly_map, reconstruction, torch.stack(scores).mean(dim=0)
 
     def codes(self, z: Tensor) -> Tensor:
         """Code indices of scaled latents (B, C_z, h, w): (B, h, w). Raises ImageShapeError where they are too many."""
@@ -149,14 +145,6 @@ class ARTransformer(AnomalyDetector):
             for i in unlikely[:, position].nonzero().flatten().tolist():
                 tokens[i, done] = draw(logits[i], generators[i]) if chosen is None else chosen[i]
         return tokens[:, 1:]
-
-    @torch.no_grad()
-    def image_score(self, image: Tensor) -> Tensor:
-        """-sum over the codes of log p, averaged over the orderings: (B, C, H, W) -> (B,)."""
-        codes = self.codes(self.latent_space.posterior(image)[0])
-        indices = range(len(self.transformers))
-        scores = [-self.log_likelihood(self.sequence(codes, i)[0], i).sum(dim=1) for i in indices]
-        return torch.stack(scores).mean(dim=0)
 
 
 def unflatten(sequence: Tensor, order: Tensor, shape: torch.Size) -> Tensor:

@@ -83,13 +83,11 @@ class AutoDDPM(DDPM):
         self.weighted = weighted
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
 
-    def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, Tensor]:
+    def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, ...]:
         result = self.stitch(image, generators)
         residual = self.difference(image, result.final)
-        return median(residual * result.combined if self.weighted else residual, self.median_size), result.final
-
-    def _score(self, anomaly_map: Tensor, foreground: Tensor) -> Tensor:
-        return anomaly_map.flatten(1).mean(dim=1)
+        anomaly_map = median(residual * result.combined if self.weighted else residual, self.median_size)
+        return anomaly_map, result.final, (anomaly_map * foreground).flatten(1).mean(dim=1)
 
     def stitch(self, image: Tensor, generators: list[Generator]) -> Stitched:
         """Parts (a) to (c) for images (B, C, H, W) in [0, 1]."""

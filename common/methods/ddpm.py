@@ -80,7 +80,7 @@ class DDPM(AnomalyDetector):
         self.size_divisor = size_divisor(unet)
         self.steps = walk(self.start, -1, num_inference_steps)
 
-    def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, Tensor]:
+    def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, ...]:
         reconstruction = self.to_image(self.reconstruct(self.to_network(image), generators)).clamp(0, 1)
         return median(self.difference(image, reconstruction), self.median_size), reconstruction
 

@@ -10,7 +10,6 @@ code. Formulas that are misprinted in the paper (alpha for alpha_bar, mu) are th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -21,12 +20,10 @@ from torch import Tensor
 
 from ..detection.method import (
     AnomalyDetector,
-    Detection,
     TrainingObjective,
     foreground_of,
     image_difference,
     noise_like,
-    seeded_generators,
     smoothed,
     with_generators,
 )
@@ -61,8 +58,8 @@ class LatentDDPM(AnomalyDetector):
         map_kind: "residual" (paper): |x - x'| within the mask. "kl": the KL value of each location in units of its
             threshold, upsampled; the reconstruction is found as before.
         sigma_px: smoothing of the upsampled mask; the paper gives none, half a cell at f = 4. 0 for none.
-        num_score_timesteps: t of the image-level score, spread over the whole chain; T - 1 is all of it. 0: the mean of
-            the map's highest 1 % instead, which costs no pass through the network.
+        num_score_timesteps: t of the image-level score, spread over the whole chain, each a pass for it alone through
+            the network; T - 1 is all of it, as in the paper.
         max_batch: latents in one pass through the network; what does not fit is done in parts.
     """
 
@@ -106,19 +103,12 @@ class LatentDDPM(AnomalyDetector):
         self.threshold_over = threshold_over
         self.map_kind = map_kind
         self.sigma_px = sigma_px
-        self.num_score_timesteps = num_score_timesteps
+        middle = (steps - 1) // max(1, num_score_timesteps) // 2  # of the part of the chain that a t stands for
+        self.score_timesteps = [t + middle for t in evenly_spaced(1, steps, num_score_timesteps)]
         self.max_batch = max_batch
         self.size_divisor = latent_space.downsampling * size_divisor(unet)
         # KL values are above 0: before it is fitted every location is unlikely
         self.register_buffer("threshold", torch.zeros(tuple(latent_size), dtype=torch.float64))
-
-    def detect(self, image: Tensor, foreground: Tensor | None = None, seeds: Tensor | None = None) -> Detection:
-        """As every method, with the paper's image-level score, see `num_score_timesteps`."""
-        detection = super().detect(image, foreground, seeds)
-        if self.num_score_timesteps == 0:
-            return detection
-        inside = image if foreground is None else image * foreground
-        return replace(detection, score=self.image_score(inside, seeds))
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         z0, _ = self.latent_space.posterior(image)
@@ -185,15 +175,10 @@ class LatentDDPM(AnomalyDetector):
         return self.scheduler.add_noise(z0, eps, torch.full((len(z0),), t, device=z0.device))
 
     @torch.no_grad()
-    def image_score(self, image: Tensor, seeds: Tensor | None = None) -> Tensor:
+    def score(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Mean KL over the whole chain, t = 1 .. T - 1 or evenly spaced ones: (B, C, H, W) -> (B,)."""
-        total = self.scheduler.num_train_timesteps
-        timesteps = evenly_spaced(1, total, self.num_score_timesteps)
-        middle = (total - 1) // self.num_score_timesteps // 2  # of the part of the chain that a t stands for
         z0, _ = self.latent_space.posterior(image)
-        return self.kl_map(
-            z0, seeded_generators([0] * len(image) if seeds is None else seeds), [t + middle for t in timesteps]
-        ).mean(dim=(1, 2))
+        return self.kl_map(z0, generators, self.score_timesteps).mean(dim=(1, 2))
 
     @torch.no_grad()
     def fit_threshold(self, batches: Iterable[Tensor]) -> None:

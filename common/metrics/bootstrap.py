@@ -45,7 +45,8 @@ def metrics_with_intervals(records: Sequence[SubjectRecord], seed: int, n_bootst
         voxels,
         _dice_at_threshold(records),
         _voxel_recall(records),
-        _slices(records),
+        _slices([r.slice_scores for r in records], records),
+        _slices([r.method_slice_scores for r in records], records, "_method"),
         *_volumes(records),
         _false_positives(records),
         _mean_over_subjects("psnr", np.array([r.psnr for r in records])),
@@ -105,19 +106,20 @@ def _voxels(records: Sequence[SubjectRecord]) -> tuple[_Statistic, float | None]
     return _Statistic(metrics, lesion, len(bins)), oracle_threshold
 
 
-def _slices(records: Sequence[SubjectRecord]) -> _Statistic:
-    """Image-level metrics; one bin per different score, so they are exact."""
-    levels = np.unique(np.concatenate([r.slice_scores for r in records]))
+def _slices(scores: Sequence[NDArray[np.float64]], records: Sequence[SubjectRecord], suffix: str = "") -> _Statistic:
+    """Image-level metrics by scores (N,) of each subject; one bin per different score, so they are exact."""
+    used = np.array([bool(np.isfinite(x).all()) for x in scores])
+    levels = np.unique(np.concatenate([np.zeros(1), *(x for x, known in zip(scores, used, strict=True) if known)]))
     pos, neg = np.zeros((2, len(records), len(levels)))
-    for row, r in enumerate(records):
-        columns = np.searchsorted(levels, np.unique(r.slice_scores))
-        pos[row, columns], neg[row, columns] = exact_histograms(r.slice_scores, r.slice_labels)
+    for row in np.flatnonzero(used).tolist():
+        columns = np.searchsorted(levels, np.unique(scores[row]))
+        pos[row, columns], neg[row, columns] = exact_histograms(scores[row], records[row].slice_labels)
 
     def metrics(w: NDArray[np.float64]) -> Replicates:
         p, n = w @ pos, w @ neg
-        return {"image_auroc": auroc(p, n), "image_auprc": average_precision(p, n)}
+        return {f"image_auroc{suffix}": auroc(p, n), f"image_auprc{suffix}": average_precision(p, n)}
 
-    return _Statistic(metrics, np.ones(len(records), dtype=bool), len(levels))
+    return _Statistic(metrics, used, len(levels))
 
 
 def _dice_at_threshold(records: Sequence[SubjectRecord]) -> _Statistic:
@@ -133,15 +135,19 @@ def _dice_at_threshold(records: Sequence[SubjectRecord]) -> _Statistic:
     return _Statistic(metrics, used)
 
 
-def _volumes(records: Sequence[SubjectRecord]) -> tuple[_Statistic, _Statistic]:
-    """Whole volumes by their score, and by their largest component where there is a threshold."""
+def _volumes(records: Sequence[SubjectRecord]) -> list[_Statistic]:
+    """Whole volumes by their score, by their largest component where there is a threshold, by the method's score."""
     everyone = np.ones(len(records), dtype=bool)
     known = np.array([r.at_threshold is not None for r in records])
     scores = np.array([r.volume_score for r in records])
     clusters = np.array([r.lesions.largest_ml for r in records])
-    named = {"volume_auroc": (scores, everyone), "volume_auroc_cluster": (clusters, known)}
-    score, cluster = (_ranked(name, records, *values) for name, values in named.items())
-    return score, cluster
+    of_method = np.array([r.method_score for r in records])
+    named = {
+        "volume_auroc": (scores, everyone),
+        "volume_auroc_cluster": (clusters, known),
+        "volume_auroc_method": (of_method, np.isfinite(of_method)),
+    }
+    return [_ranked(name, records, *values) for name, values in named.items()]
 
 
 def _ranked(

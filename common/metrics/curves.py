@@ -42,11 +42,13 @@ def pooled_curves(records: Sequence[SubjectRecord]) -> dict[str, list[float]]:
 
 
 def all_slice_scores(subjects: Sequence[str], records: Sequence[SubjectRecord]) -> dict[str, list[Any]]:
-    """`subject`, `slice`, `score` and `abnormal` of the slices that hold foreground, one entry a slice."""
+    """`subject`, `slice`, `score`, `method_score` and `abnormal` of the slices with foreground, one entry a slice."""
+    of_method = np.concatenate([r.method_slice_scores for r in records])
     return {
         "subject": [name for name, r in zip(subjects, records, strict=True) for _ in r.slices],
         "slice": [int(index) for r in records for index in r.slices],
         "score": _rounded(np.concatenate([r.slice_scores for r in records])),
+        "method_score": [None if np.isnan(x) else _rounded(x[None])[0] for x in of_method],
         "abnormal": [bool(label) for r in records for label in r.slice_labels],
     }
 

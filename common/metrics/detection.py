@@ -42,7 +42,8 @@ class DetectionMetrics:
         lesion: NdarrayOrTensor | None,
         foreground: NdarrayOrTensor,
         threshold: float | None = None,
-        slice_scores: NdarrayOrTensor | None = None,
+        method_slice_scores: NdarrayOrTensor | None = None,
+        method_score: float | None = None,
         image: NdarrayOrTensor | None = None,
         reconstruction: NdarrayOrTensor | None = None,
         segmentation: NdarrayOrTensor | None = None,
@@ -56,8 +57,9 @@ class DetectionMetrics:
             lesion: (H, W, D) bool; None or all False for a healthy subject.
             foreground: (H, W, D) bool, where anomalies are looked for.
             threshold: the shipped one; positive where map > threshold. None: metrics that need it are undefined.
-            slice_scores: (D,) the method's own score of every slice along `axis`, of any scale; the default is the
-                mean of the highest 1 % of the slice's foreground voxels. Slices without foreground are ignored.
+            method_slice_scores: (D,) the method's own score of every slice along `axis`, of any scale. Slices without
+                foreground are ignored. None: metrics of it are undefined.
+            method_score: its own score of the volume, likewise.
             image, reconstruction: ([C,] H, W, D) float in [0, 1], for PSNR and SSIM; both or none.
             segmentation: (H, W, D) bool, whose components are compared with the lesions; needs a threshold, and by
                 default it is map > threshold.
@@ -96,9 +98,11 @@ class DetectionMetrics:
             foreground_voxels=int(inside.sum()),
             n_lesion_slices=int(has_lesion.sum()),
             slices=np.flatnonzero(has_foreground),
-            slice_scores=_slice_scores(subject, slice_scores, scores, inside)[has_foreground],
+            slice_scores=highest_share_means(scores, inside)[has_foreground],
             slice_labels=has_lesion[has_foreground],
             volume_score=highest_share_mean(scores[inside]),
+            method_slice_scores=_method_slice_scores(subject, method_slice_scores, has_foreground),
+            method_score=_method_score(subject, method_score),
             at_threshold=None if threshold is None else (int((predicted & lesions).sum()), int(predicted.sum())),
             lesions=compare_lesions(lesions, segmented, voxel_ml),
             bins=bins,
@@ -122,9 +126,11 @@ class DetectionMetrics:
         max_dice_mean: ORACLE, highest mean Dice of the single lesion slices over all common thresholds.
         dice_at_threshold, voxel_recall_at_threshold: pooled Dice, and share of the lesion voxels found, at the shipped
             threshold, chosen without labels.
-        image_auroc, image_auprc: slices; abnormal = holds lesion voxels.
+        image_auroc, image_auprc: slices, by the mean of the highest 1 % of the map; abnormal = holds lesion voxels.
         volume_auroc, volume_auroc_cluster: whole volumes with a lesion against those without, by the mean of the
             highest 1 % of the map, and by the volume of the segmentation's largest component.
+        image_auroc_method, image_auprc_method, volume_auroc_method: the same by the method's own scores; of the
+            subjects that have them.
         healthy_fp_share: share of the healthy subjects' foreground voxels above the shipped threshold.
         healthy_worst_share: this share of the subject where it is the largest; no interval.
         sites: for each site `site`, `n_healthy` and `n_lesion_subjects`, and of its subjects alone `healthy_share`
@@ -140,7 +146,8 @@ class DetectionMetrics:
             counts them.
         n_subjects, n_lesion_subjects, n_lesion_slices, n_lesions: plain integers.
         curves: `threshold`, `precision`, `recall`, `dice` of the pooled voxels where map >= threshold, some 200 points.
-        slice_scores: `subject`, `slice` (its index), `score`, `abnormal` of every slice with foreground.
+        slice_scores: `subject`, `slice` (its index), `score`, `method_score` (None where there is none), `abnormal` of
+            every slice with foreground.
         replicates: AUPRC and Dice at the threshold in each resample, for differences between methods that were
             measured on the same subjects with the same seed.
 
@@ -199,14 +206,22 @@ def _check_map(subject: str, scores: NDArray[np.float32], inside: NDArray[np.boo
         raise ValueError(f"{subject}: the anomaly map must be finite and >= 0, found {lowest} to {highest}")
 
 
-def _slice_scores(
-    subject: str, given: NdarrayOrTensor | None, scores: NDArray[np.float32], inside: NDArray[np.bool_]
+def _method_slice_scores(
+    subject: str, given: NdarrayOrTensor | None, has_foreground: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
+    """Of the slices with foreground."""
     if given is None:
-        return highest_share_means(scores, inside)
+        return np.full(int(has_foreground.sum()), np.nan)
     own = convert_to_numpy(given).astype(np.float64)
-    if own.shape != (len(inside),) or not np.isfinite(own[inside.any((1, 2))]).all():
-        raise ValueError(
-            f"{subject}: slice_scores {own.shape} must be one finite number for each of {len(inside)} slices"
-        )
-    return own
+    n = len(has_foreground)
+    if own.shape != (n,) or not np.isfinite(own[has_foreground]).all():
+        raise ValueError(f"{subject}: method_slice_scores {own.shape} must be one finite number for each of {n} slices")
+    return own[has_foreground]
+
+
+def _method_score(subject: str, given: float | None) -> float:
+    if given is None:
+        return float("nan")
+    if not np.isfinite(given):
+        raise ValueError(f"{subject}: method_score must be finite, found {given}")
+    return float(given)

@@ -29,6 +29,8 @@ class SubjectRecord:
     slice_scores: NDArray[np.float64]  # (N,)
     slice_labels: NDArray[np.bool_]  # (N,), whether they hold lesion
     volume_score: float  # mean of the highest 1 % of the foreground
+    method_slice_scores: NDArray[np.float64]  # (N,), the method's own; NaN where it has none
+    method_score: float  # of the volume, its own; NaN where it has none
     at_threshold: tuple[int, int] | None  # true positive and all predicted voxels; None without a threshold
     lesions: LesionRecord  # without a threshold, that of an empty segmentation
     # the map's histograms, occupied bins only, (K,) each; of subjects with a lesion, K = 0 for the healthy

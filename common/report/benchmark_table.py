@@ -18,8 +18,11 @@ VOXELS = {
 SUBJECTS = {
     "image_auroc": "slice AUROC",
     "image_auprc": "slice AUPRC",
-    "volume_auroc": "volume AUROC, score",
+    "image_auroc_method": "slice AUROC, method's score",
+    "image_auprc_method": "slice AUPRC, method's score",
+    "volume_auroc": "volume AUROC",
     "volume_auroc_cluster": "volume AUROC, largest component",
+    "volume_auroc_method": "volume AUROC, method's score",
     "healthy_fp_share": "healthy voxels above threshold",
     "healthy_worst_share": "worst healthy subject",
     "healthy_false_lesions": "components in a healthy subject",
@@ -60,9 +63,10 @@ TIMES = {
 }
 EXPLAINED = {
     "Voxels": "Pooled over the foreground of the subjects with a lesion. Oracle: the labels choose the threshold.",
-    "Slices and healthy subjects": "A slice is abnormal where it holds lesion; PSNR and SSIM outside lesions. Whole "
-    "volumes with a lesion against those without: by the mean of the highest 1 % of the map, and by the largest "
-    "component of the segmentation.",
+    "Slices and healthy subjects": "A slice is abnormal where it holds lesion; slices are ranked by the mean of the "
+    "highest 1 % of the map, and by the method's own score where it has one. Whole volumes with a lesion against those "
+    "without: likewise, the method's own score being the mean over the slices, and by the largest component of the "
+    "segmentation. PSNR and SSIM outside lesions.",
     "Sites": "Share of a healthy brain above the healthy threshold, mean over the subjects and in the worst one; share "
     "of the lesion voxels above it.",
     "Lesions": "26-connected components of the segmentation at the healthy threshold against those of the annotation: "

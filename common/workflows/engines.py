@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator
+from monai.engines.utils import IterationEvents
 from monai.inferers import Inferer
+from monai.utils import convert_to_tensor
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..detection.volume import VolumeDetector
@@ -72,6 +75,7 @@ class DetectionEvaluator(SupervisedEvaluator):
         self.postprocessing = postprocessing
         self._loaded = False
         self.add_event_handler(Events.STARTED, self._load)
+        self.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._keep_scores)
         task.attach(self)
 
     def _load(self) -> None:
@@ -81,10 +85,28 @@ class DetectionEvaluator(SupervisedEvaluator):
             self.network.eval()
             self._loaded = True
 
+    def _keep_scores(self) -> None:
+        """Those that come with the map, beside the prediction, as `slice_scores`."""
+        if self.network.slice_scores is not None:
+            self.state.output["slice_scores"] = self.network.slice_scores  # type: ignore[index,call-overload]
+
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Run over the data loader once."""
         with typed_errors():
             super().run(global_epoch)
+
+
+def method_scores(network: VolumeDetector, output: Mapping[str, Any], separate: bool) -> Tensor | None:
+    """The method's own score of every slice of a case, (D,) on the CPU, NaN of those without foreground; or None.
+
+    output: of the case: `slice_scores`, where they come with the map, and the prepared `image` (C, H, W, D).
+    separate: whether scores are wanted, too, that take passes through the network of their own.
+    """
+    scores: Tensor | None = output.get("slice_scores")
+    if scores is None and separate:
+        found = network.score(output["image"][None])
+        scores = None if found is None else found[0]
+    return None if scores is None else convert_to_tensor(scores, track_meta=False).cpu()
 
 
 def run_or_exit(evaluator: DetectionEvaluator) -> None:

@@ -10,15 +10,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.transforms import Orientation
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..bundle import bundle_root
 from ..detection.fingerprint import Fingerprint
 from ..detection.method import foreground_of
+from ..detection.volume import volume_mean
 from ..files import replacing
 from ..images.check import voxel_volume_ml
 from ..metrics import DetectionMetrics, intensity_threshold
@@ -28,7 +31,7 @@ from ..outputs import check_result, input_files
 from ..results.case import versions
 from ..transforms.load import load_lesion
 from ..transforms.postprocess import intensity_unit, intensity_zero, to_input_grid
-from .engines import DetectionEvaluator, cases
+from .engines import DetectionEvaluator, cases, method_scores
 from .inference import said
 from .run_time import RunTime
 
@@ -47,7 +50,7 @@ class LabelledCase:
     voxel_ml: float
     pixel_mm2: float  # area of a voxel in an axial slice
     prepared: Tensor  # (C, H', W', D') in [0, 1], as a network sees it
-    from_prepared: Callable[[Tensor], Tensor]  # brings a map (1, H', W', D') from there to the grid of the others
+    from_prepared: Callable[[Tensor], Tensor]  # brings maps (N, H', W', D') from there to the grid of the others
 
 
 def labelled_case(batch: Mapping[str, Any]) -> LabelledCase:
@@ -107,8 +110,29 @@ def _intensity(image: Tensor, brain: Tensor, channel: int, direction: Direction)
     return intensity_threshold(image[channel : channel + 1], brain, direction)
 
 
+def on_slices_of(case: LabelledCase, scores: Tensor, axis: int) -> NDArray[np.float64]:
+    """Scores (D',) of the slices that the network has seen, for the axial slices of a case, (D,).
+
+    An axial slice takes the mean of its brain's voxels, each of which has the score of the network's slice that it lies
+    in, interpolated. One whose voxels lie in no slice with a score takes that of its neighbours.
+
+    axis: of the network's slices. NaN stands for no score, but in one slice at least.
+    """
+    shape = [1, 1, 1, 1]
+    shape[axis + 1] = -1
+    known = scores.isfinite()
+    values = torch.stack([torch.where(known, scores, 0), known.to(scores)]).view(2, *shape[1:])
+    moved = case.from_prepared(values.expand(2, *case.prepared.shape[1:]).contiguous()).double() * case.brain
+    total, weight = moved.sum(dim=(1, 2)).numpy()
+    found = np.flatnonzero(weight > 0)
+    return np.interp(np.arange(len(total)), found, total[found] / weight[found])
+
+
 class Evaluate:
     """Metrics of a method, and of the baselines that cost nothing, on a labelled cohort, written as result.json.
+
+    Slices and volumes are ranked by the map, and by the method's own image-level score where it has one. A score that
+    takes passes through the network of its own is made after the map, and not counted in the run time.
 
     Args:
         result: path of the JSON.
@@ -153,6 +177,8 @@ class Evaluate:
             self.threshold = output["threshold"]
             anomaly_map = _ras(output["anomaly_map"])[0]
             reconstruction = (_ras(output["reconstruction"]) - case.zero * case.brain) / case.unit
+            network = self.evaluator.network
+            scores = method_scores(network, output, separate=True)
             self.metrics.update(
                 case.subject,
                 anomaly_map,
@@ -162,6 +188,8 @@ class Evaluate:
                 image=case.image,
                 reconstruction=reconstruction,
                 segmentation=_ras(output["segmentation"])[0],
+                method_slice_scores=None if scores is None else on_slices_of(case, scores, network.axis),
+                method_score=volume_mean(scores),
                 voxel_ml=case.voxel_ml,
                 site=case.site,
             )

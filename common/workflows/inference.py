@@ -18,6 +18,7 @@ from monai.data import MetaTensor
 from ..cohorts.bids import write_description
 from ..detection.fingerprint import Fingerprint, differences
 from ..detection.reliability import UNRELIABLE
+from ..detection.volume import volume_mean
 from ..errors import DicomError, OutputError, SettingError
 from ..images.check import source_name
 from ..images.dicom import Series, choose_series
@@ -25,7 +26,7 @@ from ..outputs import case_place, check_places
 from ..results.case import Case, record_path, write_case
 from ..results.dicom import OBJECTS
 from ..weights import digest
-from .engines import DetectionEvaluator, cases
+from .engines import DetectionEvaluator, cases, method_scores
 
 INPUTS = ("image", "brain")
 
@@ -39,16 +40,19 @@ class SaveDetections:
         output_dir: made if it is not there.
         dicom: for cases from DICOM write the segmentation and the map as DICOM objects too.
         force: write these for cases, too, whose result is unreliable.
+        method_score: record the method's own image-level score also where it takes passes through the network of its
+            own, which may take longer than the map; one that comes with the map is recorded anyway.
 
     `verdicts` holds what was found of each case that was written: `reliability` and `doubts`.
     """
 
     evaluator: DetectionEvaluator
 
-    def __init__(self, output_dir: str, dicom: bool = False, force: bool = False) -> None:
+    def __init__(self, output_dir: str, dicom: bool = False, force: bool = False, method_score: bool = False) -> None:
         self.output_dir = Path(output_dir)
         self.dicom = dicom
         self.force = force
+        self.method_score = method_score
         self.verdicts: dict[str, dict[str, Any]] = {}
         self._started = 0.0
 
@@ -108,7 +112,13 @@ class SaveDetections:
             fact = f"holds another result ({'; '.join(others)})"
             raise OutputError(path.parent, fact, "choose another output folder", overwrite="")
         missing = [name for name in OBJECTS if not (path.parent / name).is_file()]
-        return None if missing and self._wants_dicom(record) else record
+        if (missing and self._wants_dicom(record)) or self._lacks_score(record):
+            return None
+        return record
+
+    def _lacks_score(self, record: Mapping[str, Any]) -> bool:
+        wanted = self.method_score and self.evaluator.network.detector.has_separate_score
+        return wanted and record.get("method_score") is None
 
     def _wants_dicom(self, result: Mapping[str, Any]) -> bool:
         return self.dicom and (self.force or result.get("reliability") != UNRELIABLE)
@@ -129,10 +139,15 @@ class SaveDetections:
             "device": str(device),
         }
 
+    def result(self, output: Mapping[str, Any]) -> dict[str, Any]:
+        """The volume in numbers, with the method's own score of it, None where there is none or it is not asked for."""
+        scores = method_scores(self.evaluator.network, output, self.method_score)
+        return {**output["result"], "method_score": volume_mean(scores)}
+
     def __call__(self, engine: Engine) -> None:
         """Write the cases of the batch. Raises OutputError, and after the rest DicomError for DICOM objects."""
         for batch, output in cases(engine):
-            result = output["result"]
+            result = self.result(output)
             case = Case(
                 subject=str(batch["subject"]),
                 image=batch["input"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 
@@ -23,10 +24,10 @@ def uad(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def parts(**override):
+def parts(bundle="dae", **override):
     """Network and preprocessing of a bundle's inference, with some items other than shipped."""
     parser = ConfigParser()
-    parser.read_config(str(BUNDLES_DIR / "dae" / "configs" / "inference.json"))
+    parser.read_config(str(BUNDLES_DIR / bundle / "configs" / "inference.json"))
     for key, value in override.items():
         parser[key] = value
     return parser.get_parsed_content("network_def"), parser.get_parsed_content("preprocessing")
@@ -170,6 +171,25 @@ def test_digest_is_of_what_a_result_depends_on():
     assert stripped.of_map == shipped.of_map
     assert Fingerprint.of(*parts(**{"preprocessing::register": True}), SHIPPED).of_map != shipped.of_map
     assert Fingerprint.of(*parts(**{"smoothing_vox": 1.0}), SHIPPED).of_map != shipped.of_map
+
+
+def test_no_map_depends_on_the_number_of_timesteps_of_a_score():
+    """It is recorded; yet a calibration holds whatever it is, as those do that earlier versions made with none."""
+
+    def of(count):
+        return Fingerprint.of(*parts("latent_ddpm", **{"num_score_timesteps": count}), weights)
+
+    weights = BUNDLES_DIR / "latent_ddpm" / "models" / "model.pt"
+    few, many = of(3), of(999)
+    assert few.digest != many.digest
+    assert few.network["detector"]["num_score_timesteps"] == 3
+    assert few.of_map == many.of_map
+    for stored in (0, 3, 50):
+        calibrated = copy.deepcopy(many.of_map)
+        calibrated["network"]["detector"]["num_score_timesteps"] = stored
+        assert many.calibration_warning(calibrated) is None
+    calibrated["network"]["detector"]["variant"] = "c"
+    assert "network.detector.variant: c before, d now" in many.calibration_warning(calibrated)
 
 
 def test_default_that_is_written_out_is_no_other_setting():

@@ -36,7 +36,7 @@ def test_map_and_reconstruction_are_masked_and_the_reconstruction_is_clamped(cha
     assert (detection.anomaly_map[~background] >= 1).all()
     expected = (1.5 - 2 * image).clamp(0, 1).masked_fill(background, 0)
     torch.testing.assert_close(detection.reconstruction, expected)
-    assert detection.score.shape == (2,)
+    assert detection.score is None
 
 
 def test_default_foreground_is_where_any_channel_is_positive():
@@ -63,21 +63,33 @@ def test_method_sees_nothing_outside_the_given_foreground():
     assert torch.equal(detection.anomaly_map > 0, foreground)
 
 
-def test_score_is_the_mean_of_the_highest_percent_of_the_foreground():
-    class Ramp(Toy):
+def test_method_has_no_score_unless_it_says_so():
+    image = slices()
+    assert not Toy().has_separate_score
+    assert Toy().score(image, image > 0, []) is None
+
+
+def test_score_that_comes_with_the_map_is_handed_on():
+    class Scored(Toy):
         def _detect(self, image, foreground, generators):
-            return torch.arange(400.0).view(1, 1, 20, 20), image
+            return *super()._detect(image, foreground, generators), image.sum(dim=(1, 2, 3))
 
-    image, foreground = torch.ones(1, 1, 20, 20), torch.ones(1, 1, 20, 20, dtype=torch.bool)
-    assert Ramp().detect(image, foreground).score.item() == (396 + 397 + 398 + 399) / 4
-    foreground[..., 10:, :] = False  # 200 pixels, the highest are 198 and 199
-    assert Ramp().detect(image, foreground).score.item() == 198.5
+    image = slices()
+    assert torch.equal(Scored().detect(image).score, image.sum(dim=(1, 2, 3)))
+    assert not Scored().has_separate_score
 
 
-def test_empty_slice_has_score_and_map_zero():
-    detection = Toy().detect(torch.zeros(2, 1, 4, 4))
-    assert detection.score.tolist() == [0, 0]
-    assert (detection.anomaly_map == 0).all()
+def test_score_that_takes_passes_of_its_own_is_not_made_with_the_map():
+    class Costly(Toy):
+        def score(self, image, foreground, generators):
+            raise AssertionError("was not asked for")
+
+    assert Costly().has_separate_score
+    assert Costly().detect(slices()).score is None
+
+
+def test_map_of_an_empty_slice_is_zero():
+    assert (Toy().detect(torch.zeros(2, 1, 4, 4)).anomaly_map == 0).all()
 
 
 def test_randomness_follows_the_seed_of_the_slice():
@@ -120,7 +132,7 @@ def test_seeds_that_are_not_one_per_slice_are_refused(seeds):
 
 
 def test_detection_cannot_be_changed():
-    detection = Detection(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    detection = Detection(torch.zeros(1), torch.zeros(1))
     with pytest.raises(dataclasses.FrozenInstanceError):
         detection.score = torch.ones(1)
 

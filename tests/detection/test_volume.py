@@ -2,10 +2,11 @@ import copy
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from torch import nn
 
 from common.detection.method import AnomalyDetector, noise_like
-from common.detection.volume import VolumeDetector, smoothed_within
+from common.detection.volume import VolumeDetector, smoothed_within, volume_mean
 from common.errors import BundleError, SettingError
 from common.weights import load_weights, save_weights
 
@@ -213,3 +214,87 @@ def test_smoothing_is_the_mean_of_the_foreground_around():
 def test_numbers_out_of_range(wrong):
     with pytest.raises(SettingError, match=next(iter(wrong))):
         network(**wrong)
+
+
+# --- the method's own scores of the slices ---
+
+
+class Scored(Toy):
+    """A score that comes with the map: of the slice, with a trace of the mirroring and of the seed."""
+
+    def _detect(self, image, foreground, generators):
+        return *super()._detect(image, foreground, generators), self.measured(image, generators)
+
+    def measured(self, image, generators):
+        rows = torch.arange(1.0, image.shape[2] + 1).view(-1, 1)
+        return (image * rows).sum(dim=(1, 2, 3)) + torch.tensor([float(g.initial_seed() % 1009) for g in generators])
+
+
+class Costly(Scored):
+    """The same score, by passes of its own."""
+
+    def _detect(self, image, foreground, generators):
+        return Toy._detect(self, image, foreground, generators)
+
+    def score(self, image, foreground, generators):
+        assert torch.equal(foreground, (image > 0).any(dim=1, keepdim=True))
+        return self.measured(image, generators)
+
+
+def test_method_without_a_score_has_none():
+    model = network()
+    model(volume(1, 1, 4, 4, 3))
+    assert model.slice_scores is None
+    assert model.score(volume(1, 1, 4, 4, 3)) is None
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_scores_lie_at_their_slices(axis, batch_size):
+    image = volume(2, 2, 5, 6, 7)
+    image.movedim(axis + 2, 0)[1] = 0  # a slice without foreground, of both volumes
+    model = VolumeDetector(Scored(), axis=axis, batch_size=batch_size, seed=4)
+    model(image)
+    slices = image.movedim(axis + 2, 1)
+    assert model.slice_scores.shape == slices.shape[:2]
+    assert model.slice_scores.isnan().nonzero()[:, 1].tolist() == [1, 1]
+    padded = nn.functional.pad(slices, (0, -slices.shape[4] % 4, 0, -slices.shape[3] % 4))
+    for index in (0, 2, 4):
+        seeds = torch.full((2,), 4 * 1_000_003 + index)
+        torch.testing.assert_close(model.slice_scores[:, index], Scored().detect(padded[:, index], seeds=seeds).score)
+
+
+@pytest.mark.parametrize("views", [{}, {"mirror": True}, {"num_seeds": 3, "mirror": True}])
+def test_score_of_its_own_passes_is_that_of_the_same_views(views):
+    """Same seeds and mirror images as the map; and the map is not touched by it."""
+    image = volume(2, 1, 5, 6, 4)
+    image[0, ..., 2] = 0
+    free, costly = VolumeDetector(Scored(), seed=2, **views), VolumeDetector(Costly(), seed=2, **views)
+    assert torch.equal(free(image), costly(image))
+    assert costly.slice_scores is None
+    assert free.score(image) is None
+    assert torch.equal(costly.score(image).isnan(), free.slice_scores.isnan())
+    torch.testing.assert_close(costly.score(image), free.slice_scores, equal_nan=True)
+    single = VolumeDetector(Costly(), seed=2).score(image)
+    assert torch.equal(single.nan_to_num(), free.slice_scores.nan_to_num()) is not bool(views)
+
+
+def test_scores_of_the_last_volume_do_not_stay():
+    model = VolumeDetector(Scored())
+    model(volume(1, 1, 4, 4, 3))
+    model(torch.zeros(1, 1, 4, 4, 3))
+    assert model.slice_scores is None
+    assert VolumeDetector(Costly()).score(torch.zeros(1, 1, 4, 4, 3)) is None
+
+
+def test_volume_of_images_with_meta_data():
+    image = volume(1, 1, 4, 4, 3)
+    for model, scores in ((Scored(), lambda m, x: m(x) is None or m.slice_scores), (Costly(), VolumeDetector.score)):
+        plain, meta = (scores(VolumeDetector(model), x) for x in (image, MetaTensor(image)))
+        assert torch.equal(plain, meta)
+
+
+def test_score_of_a_volume_is_the_mean_over_the_slices_with_foreground():
+    assert volume_mean(torch.tensor([torch.nan, 2.0, 7.0, torch.nan])) == 4.5
+    assert volume_mean(torch.tensor([torch.nan])) is None
+    assert volume_mean(None) is None

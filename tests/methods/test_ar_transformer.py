@@ -155,6 +155,14 @@ def test_score_is_the_negative_log_likelihood_of_the_codes():
     torch.testing.assert_close(detector.detect(image).score, expected)
 
 
+def test_score_costs_no_pass_beside_those_of_the_map(monkeypatch):
+    detector, image, seen = tiny(num_orderings=2), slices(), []
+    logits = detector.logits
+    monkeypatch.setattr(detector, "logits", lambda sequence, index: seen.append(index) or logits(sequence, index))
+    detector.detect(image)
+    assert seen == [0, 1]
+
+
 def test_nothing_unlikely_nothing_found():
     detector, image = tiny(threshold=0.0), slices()
     detection = detector.detect(image)
@@ -197,7 +205,7 @@ def test_smaller_slices_are_fine_and_larger_ones_refused():
 def test_loss_is_the_mean_negative_log_likelihood():
     detector, image = tiny(num_orderings=3), slices()
     objective = ARTransformerObjective(detector)
-    score = detector.image_score(image).mean() / 16
+    score = detector.detect(image).score.mean() / 16
     torch.testing.assert_close(objective(image)["loss"], score)
     torch.testing.assert_close(objective(posterior=detector.latent_space.posterior(image))["loss"], score)
     with pytest.raises(ValueError, match="give images"):

@@ -217,25 +217,32 @@ def test_latent_outside_of_minus_one_to_one_survives():
     assert detector.heal(z0, torch.ones(1, 1, 4, 4), generators(0)).min() > 20
 
 
-def test_image_score_is_the_mean_over_the_whole_chain():
-    detector = tiny(Stub(), num_score_timesteps=19)
-    z0, _ = detector.latent_space.posterior(slices())
-    seeds = torch.tensor([4, 5, 6])
+def test_score_is_the_mean_kl_over_the_whole_chain():
+    detector, image = tiny(Stub(), num_score_timesteps=19), slices()
+    z0, _ = detector.latent_space.posterior(image)
     expected = detector.kl_map(z0, generators(4, 5, 6), range(1, 20)).mean(dim=(1, 2))
-    torch.testing.assert_close(detector.detect(slices(), seeds=seeds).score, expected)
+    score = detector.score(image, image > 0, generators(4, 5, 6))
+    assert torch.equal(score, expected)
+    assert len(score.unique()) == 3
     stub = Stub()
-    tiny(stub, num_score_timesteps=4).image_score(slices(1))
+    tiny(stub, num_score_timesteps=4).score(image[:1], image[:1] > 0, generators(0))
     assert [t.tolist() for _, t in stub.calls][-1] == [3, 7, 12, 17]
 
 
-def test_score_of_the_map_costs_no_pass():
-    stub = Stub()
-    detector = tiny(stub, fitted=False, variant="a", num_score_timesteps=0)
-    detection = detector.detect(slices())
-    assert len(stub.calls) == 10
-    foreground = slices() > 0
-    highest = torch.stack([m[f].topk(2).values.mean() for m, f in zip(detection.anomaly_map, foreground, strict=True)])
-    torch.testing.assert_close(detection.score, highest)
+def test_detection_makes_no_pass_for_the_score():
+    """Its passes are those of the reverse process, for any number of t of the score."""
+    for count in (1, 19):
+        stub = Stub()
+        detector = tiny(stub, fitted=False, variant="a", num_score_timesteps=count)
+        assert detector.has_separate_score
+        assert detector.detect(slices()).score is None
+        assert len(stub.calls) == 10
+
+
+@pytest.mark.parametrize("count", [0, 20, -1])
+def test_number_of_timesteps_of_the_score_is_checked(count):
+    with pytest.raises(SettingError, match=r"choose 1 to 19"):
+        tiny(num_score_timesteps=count)
 
 
 # --- the thresholds ---

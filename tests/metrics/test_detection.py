@@ -157,13 +157,43 @@ def test_image_metrics_equal_torchmetrics_over_slices_of_all_subjects():
     assert result["image_auroc"]["value"] == pytest.approx(roc, abs=1e-6)
 
 
-def test_own_slice_scores_are_ranked_whatever_their_scale():
+def test_scores_of_the_method_are_ranked_beside_those_of_the_map_whatever_their_scale():
     volumes = subject(0)
     own = np.array([-50.0, 30.0, 40.0, 50.0, 20.0, np.nan])  # lesion in slices 1 to 3, no foreground in slice 5
-    result = evaluate({"s": volumes | {"slice_scores": own}})
-    assert result["image_auroc"]["value"] == 1
-    result = evaluate({"s": volumes | {"slice_scores": -own}})
-    assert result["image_auroc"]["value"] == 0
+    plain = evaluate({"s": volumes})
+    for sign, auroc_of_method in ((1, 1), (-1, 0)):
+        result = evaluate({"s": volumes | {"method_slice_scores": sign * own}})
+        assert result["image_auroc_method"]["value"] == auroc_of_method
+        assert result["slice_scores"]["method_score"] == (sign * own[:5]).tolist()
+        for name in ("image_auroc", "image_auprc", "volume_auroc"):
+            assert result[name] == plain[name]
+        assert result["slice_scores"]["score"] == plain["slice_scores"]["score"]
+
+
+def test_volumes_are_ranked_by_the_score_of_the_method_too():
+    subjects = cohort()  # s0 to s3 with a lesion, s4 to s6 without
+    scores = dict(zip(subjects, (5.0, 1.0, 5.0, 5.0, 2.0, 2.0, 2.0), strict=True))
+    result = evaluate({name: s | {"method_score": scores[name]} for name, s in subjects.items()})
+    assert result["volume_auroc_method"]["value"] == 0.75
+    assert result["volume_auroc_method"]["ci95"][0] is not None
+    assert result["volume_auroc"] == evaluate(subjects)["volume_auroc"]
+
+
+def test_metrics_of_a_score_are_of_the_subjects_that_have_one():
+    subjects, own = cohort(), np.array([0.0, 1, 1, 1, 0, np.nan])
+    some = {n: s | ({"method_slice_scores": own, "method_score": 1.0} if n < "s2" else {}) for n, s in subjects.items()}
+    result = evaluate(some)
+    assert result["image_auroc_method"]["value"] == 1
+    assert result["volume_auroc_method"]["value"] is None  # no healthy one is among them
+    given = result["slice_scores"]["method_score"]
+    assert given == [0, 1, 1, 1, 0] * 2 + [None] * 25
+
+
+def test_method_without_a_score_has_no_metrics_of_it():
+    result = evaluate(cohort())
+    for name in ("image_auroc_method", "image_auprc_method", "volume_auroc_method"):
+        assert result[name] == {"value": None, "ci95": [None, None]}
+    assert set(result["slice_scores"]["method_score"]) == {None}
 
 
 def test_false_positives_are_counted_on_healthy_subjects_only():
@@ -235,7 +265,7 @@ def test_reconstruction_counts_in_the_foreground_outside_lesions_only():
 
 
 def test_slices_run_along_the_chosen_axis():
-    volumes = subject(0, shape=(40, 30, 6)) | {"slice_scores": np.arange(6)}
+    volumes = subject(0, shape=(40, 30, 6)) | {"method_slice_scores": np.arange(6)}
     image = np.random.default_rng(0).random((2, 40, 30, 6)).astype(np.float32)
     pair = {"image": image, "reconstruction": image**2}
     expected = evaluate({"s": volumes | pair})
@@ -377,8 +407,9 @@ def test_bootstrap_weights_equal_repeated_subjects():
         ({"foreground": np.zeros((24, 20, 6), dtype=bool)}, "foreground is empty"),
         ({"anomaly_map": np.full((24, 20, 6), np.nan)}, "finite"),
         ({"anomaly_map": np.full((24, 20, 6), -0.1)}, ">= 0"),
-        ({"slice_scores": np.zeros(5)}, "slice_scores"),
-        ({"slice_scores": np.full(6, np.nan)}, "slice_scores"),
+        ({"method_slice_scores": np.zeros(5)}, "method_slice_scores"),
+        ({"method_slice_scores": np.full(6, np.nan)}, "method_slice_scores"),
+        ({"method_score": np.inf}, "method_score"),
         ({"image": np.zeros((24, 20, 6))}, "both image and reconstruction"),
         ({"image": np.zeros((24, 20, 5)), "reconstruction": np.zeros((24, 20, 6))}, "image has shape"),
     ],

@@ -11,6 +11,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from common.errors import SettingError
+from common.methods.ae import AE
 from common.weights import save_weights, sha256
 
 CONFIG = {
@@ -90,8 +91,35 @@ def test_table_and_json(script, config, cohort, tmp_path, capsys):
     text = (tmp_path / "out" / "result.md").read_text(encoding="utf-8")
     assert text == capsys.readouterr().out
     assert "| method | 1.000 (1.000-1.000) |" in text
-    assert "| paper: latent DDPM (c) | 0.920 | 0.955 | 0.827 | 0.702 | - |" in text
-    assert "| paper: AE | 0.165 | 0.093 | - | - | - |" in text
+    assert "| paper: latent DDPM (c) | 0.920 | 0.955 | - | - | 0.827 | 0.702 | - | - |" in text
+    assert "| paper: AE | 0.165 | 0.093 | - | - | - | - | - | - |" in text
+    assert {row.count("|") for row in text.splitlines()} == {10}
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_images_are_ranked_by_the_methods_own_score_too(separate, script, config, cohort, tmp_path, monkeypatch):
+    """One that is higher without a sprite, with the map or by passes of its own; that of the map stays."""
+
+    def score(self, image, foreground, generators):
+        return -image.sum(dim=(1, 2, 3)) + torch.tensor([g.initial_seed() * 1e-3 for g in generators])
+
+    def detect(self, image, foreground, generators):
+        return *_detect(self, image, foreground, generators), score(self, image, foreground, generators)
+
+    _detect = AE._detect
+    monkeypatch.setattr(AE, *(("score", score) if separate else ("_detect", detect)))
+    result = tmp_path / "result.json"
+    script.main([cohort], [f"{config}:weights={config.with_name('model.pt')}"], result, batch_size=4)
+    *_, row = json.loads(result.read_text(encoding="utf-8"))["rows"]
+    assert {name: metric["values"] for name, metric in row["metrics"].items()} == {
+        **{name: [1.0] for name in script.METRICS},
+        "method_auroc": [0.0],
+        "method_auprc": [pytest.approx((1 / 4 + 2 / 5 + 3 / 6) / 3)],
+    }
+    assert ("score_seconds_per_100" in row) is separate
+    line = result.with_suffix(".md").read_text(encoding="utf-8").splitlines()[4]
+    assert line.startswith("| method | 1.000 | 1.000 | 1.000 | 1.000 | 0.000 | 0.383 |")
+    assert line.endswith("| - |") is not separate
 
 
 def test_slices_sprites_and_places_belong_together(script, cohort):

@@ -74,7 +74,7 @@ def test_what_a_report_draws(measured):
     for key in (METHOD, *BASELINES):
         result = read(measured / key / "result.json")
         assert set(result["curves"]) == {"threshold", "precision", "recall", "dice"}
-        assert set(result["slice_scores"]) == {"subject", "slice", "score", "abnormal"}
+        assert set(result["slice_scores"]) == {"subject", "slice", "score", "method_score", "abnormal"}
         assert len({len(values) for values in result["slice_scores"].values()}) == 1
         assert set(result["slice_scores"]["subject"]) == {"c", "d"}
 

@@ -37,7 +37,8 @@ def network(normalisation=None):
     for parameter in unet.parameters():
         nn.init.normal_(parameter, std=0.2)
     scheduler = GaussianScheduler(10, beta_end=0.3)
-    method = LatentDDPM(LatentSpace(autoencoder, 2), unet, scheduler, (4, 4), kl_range=(4, 6), healing_start=5)
+    settings = {"kl_range": (4, 6), "healing_start": 5, "num_score_timesteps": 9}
+    method = LatentDDPM(LatentSpace(autoencoder, 2), unet, scheduler, (4, 4), **settings)
     return VolumeDetector(method, normalisation=normalisation)
 
 

@@ -47,8 +47,8 @@ def saver(tmp_path):
     """Make the handler of an evaluator that says `outputs`; the weights are the same each time."""
     weights = tmp_path / "weights" / "model.pt"
 
-    def make(spacing_mm=2.0, **options):
-        network = VolumeDetector(Half()).eval()
+    def make(spacing_mm=2.0, method=Half, **options):
+        network = VolumeDetector(method()).eval()
         if not weights.is_file():
             save_weights(network.state_dict(), weights)
         preprocessing = BrainPreprocessing(spacing_mm=spacing_mm, percentile=98.0, upper=0.8, canvas=96)
@@ -64,14 +64,14 @@ def saver(tmp_path):
     return make
 
 
-def run(handler, scan, doubts=()):
-    """Let a case pass as the evaluator does."""
+def run(handler, scan, doubts=(), **found):
+    """Let a case pass as the evaluator does, which has `found` more."""
     ones = MetaTensor(torch.ones(1, 5, 6, 7), meta={"filename_or_obj": str(scan)})
     outputs = {"anomaly_map": ones * 0.2, "reconstruction": ones, "segmentation": ones.to(torch.uint8)}
     numbers = Calibration().describe(outputs["anomaly_map"].as_tensor(), ones.as_tensor(), 0.1)
     batch = {"subject": "scan", "input": ones, "brain": ones.bool(), "brain_source": "stripped"}
     batch["image_sha256"] = sha256(scan)
-    handler.evaluator.outputs = [outputs | {"result": numbers | verdict(doubts)}]
+    handler.evaluator.outputs = [outputs | {"image": ones / 4, "result": numbers | verdict(doubts)} | found]
     handler.evaluator.run([[batch]], max_epochs=1)
 
 
@@ -135,3 +135,39 @@ def test_objects_that_cannot_be_made_are_said_and_the_rest_is_written(doubts, fo
     assert handler.verdicts == {"scan": verdict(doubts)}
     assert not any("unless they are forced" in warning for warning in record_of(handler)["warnings"])
     assert any("no DICOM series" in warning for warning in record_of(handler)["warnings"])
+
+
+class Costly(Half):
+    """Its image-level score, which takes a pass of its own, is the sum of the slice."""
+
+    def score(self, image, foreground, generators):
+        return image.sum(dim=(1, 2, 3))
+
+
+def test_score_that_comes_with_the_map_is_recorded(saver, scan):
+    run(saver(), scan, slice_scores=torch.tensor([1.0, torch.nan, 4.0]))
+    assert record_of(saver())["method_score"] == 2.5
+
+
+@pytest.mark.parametrize("method", [Half, Costly])
+def test_score_that_costs_is_not_made_unasked(method, saver, scan):
+    run(saver(method=method), scan)
+    assert record_of(saver())["method_score"] is None
+
+
+def test_score_that_costs_is_made_where_it_is_asked_for(saver, scan):
+    run(saver(method=Costly, method_score=True), scan)
+    assert record_of(saver())["method_score"] == 5 * 6 / 4  # the mean over seven like slices
+    run(saver(method_score=True), scan)
+    assert record_of(saver())["method_score"] is None  # this method has none
+
+
+def test_result_without_the_score_that_is_asked_for_is_not_finished(saver, scan):
+    run(saver(method=Costly), scan)
+    assert saver(method=Costly).finished(item(scan)) is not None
+    assert saver(method=Costly, method_score=True).finished(item(scan)) is None
+    run(saver(method=Costly, method_score=True), scan)
+    assert saver(method=Costly, method_score=True).finished(item(scan)) is not None
+    assert saver(method=Costly).finished(item(scan)) is not None
+    run(saver(), scan)
+    assert saver(method_score=True).finished(item(scan)) is not None  # a method that has none to give
