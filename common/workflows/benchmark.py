@@ -29,7 +29,7 @@ from ..outputs import Inputs, check_file, is_result
 from ..report.benchmark_table import LESIONS, SUBJECTS, VOXELS, csv_table, markdown_tables
 from ..results.case import versions
 from ..weights import digest
-from .evaluation import BaselineMetrics, labelled_case, write_result
+from .evaluation import BaselineMetrics, fit_healthy_baselines, labelled_case, write_result
 
 RESULT = "result.json"
 Options = Mapping[str, str | bool]
@@ -217,10 +217,11 @@ def run_baselines(cohort: Path, key: str, identity: Mapping[str, Any]) -> dict[s
         workflow = load_workflow(key, ["inference.json", "evaluate.json"], cohort=str(cohort.resolve()), **override)
         workflow.initialize()
         content, started = workflow.parser.get_parsed_content, time.perf_counter()
-        baselines = BaselineMetrics(metadata(key)["modalities"], content("healthy_baselines"))
+        modalities = metadata(key)["modalities"]
+        baselines = BaselineMetrics(modalities, fit_healthy_baselines(cohort, modalities, content("preprocessing")))
         for item in content("dataset"):
             baselines.update(labelled_case(item))
-    say(f"baselines on {', '.join(metadata(key)['modalities'])}: {time.perf_counter() - started:.0f} s")
+    say(f"baselines on {', '.join(modalities)}: {time.perf_counter() - started:.0f} s")
     return baselines.compute(identity["seed"])
 
 

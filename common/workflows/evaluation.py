@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation
 from torch import Tensor
 
-from ..bundle import bundle_root
+from ..cohorts.table import read_cohort
 from ..detection.fingerprint import Fingerprint
 from ..detection.method import foreground_of
 from ..files import replacing
@@ -112,16 +112,20 @@ class Evaluate:
 
     Args:
         result: path of the JSON.
-        healthy_baselines: fitted on healthy training subjects, or None.
-        baselines: whether to measure them.
+        modalities: of the images.
+        cohort: CSV, on whose healthy training subjects some baselines are fitted; without one these are left out.
+        baselines: whether to measure any.
     """
 
     evaluator: DetectionEvaluator
     run_time: RunTime
 
-    def __init__(self, result: str, healthy_baselines: HealthyBaselines | None = None, baselines: bool = True) -> None:
+    def __init__(
+        self, result: str, modalities: Sequence[str], cohort: str | None = None, baselines: bool = True
+    ) -> None:
         self.result = Path(result)
-        self.healthy_baselines = healthy_baselines
+        self.modalities = modalities
+        self.cohort = cohort
         self.with_baselines = baselines
         self.threshold = float("nan")
         self.metrics = DetectionMetrics()
@@ -132,11 +136,8 @@ class Evaluate:
         """Add the handler to an evaluator of a labelled cohort, which knows network, weights and settings."""
         self.evaluator = evaluator
         self.run_time = RunTime(evaluator.network.axis)
-        if self.with_baselines:
-            about = Path(bundle_root(evaluator.bundle)) / "configs" / "metadata.json"
-            modalities = json.loads(about.read_text(encoding="utf-8"))["modalities"]
-            self.baselines = BaselineMetrics(modalities, self.healthy_baselines)
         evaluator.add_event_handler(Events.STARTED, self.check)
+        evaluator.add_event_handler(Events.STARTED, self.fit_baselines)
         self.run_time.attach(evaluator)
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, self)
         evaluator.add_event_handler(Events.COMPLETED, self.finish)
@@ -145,6 +146,13 @@ class Evaluate:
         """Before the first subject: no result is written over an input. Raises OutputError."""
         data = getattr(getattr(engine.state.dataloader, "dataset", None), "data", ())
         check_result(self.result, [*input_files(data), self.evaluator.weights], "bundle", "weights_sha256")
+
+    def fit_baselines(self, engine: Engine) -> None:
+        """Before the first subject. Raises CohortError, or what the preprocessing raises."""
+        if self.with_baselines:
+            prepare: Any = self.evaluator.preprocessing
+            healthy = None if self.cohort is None else fit_healthy_baselines(self.cohort, self.modalities, prepare)
+            self.baselines = BaselineMetrics(self.modalities, healthy)
 
     def __call__(self, engine: Engine) -> None:
         """Add the subjects of the batch."""
@@ -212,15 +220,19 @@ def _ras(volume: MetaTensor) -> Tensor:
 
 
 def fit_healthy_baselines(
-    data: Sequence[dict[str, Any]], transform: Callable[[dict[str, Any]], dict[str, Any]]
+    cohort: str | Path, modalities: Sequence[str], preprocessing: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> HealthyBaselines | None:
-    """The baselines that have seen prepared healthy training subjects; None where the cohort has none."""
+    """The baselines that have seen the prepared healthy training subjects of a cohort; None where it has none.
+
+    Raises CohortError, or what the preprocessing raises.
+    """
+    data: Sequence[dict[str, Any]] = read_cohort(cohort, modalities, "train", healthy=True, allow_empty=True)
     if not data:
         return None
 
     def volumes() -> Iterator[tuple[Tensor, Tensor]]:
         for item in data:
-            image = transform(item)["image"].as_tensor()
+            image = preprocessing(item)["image"].as_tensor()
             yield image, foreground_of(image[None])[0]
 
     return HealthyBaselines.fit(volumes(), len(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from monai.handlers import LrScheduleHandler, StatsHandler, TensorBoardStatsHand
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader
 
 from .distributed import distribute
@@ -30,6 +31,32 @@ class Bfloat16Inferer(SimpleInferer):
         device = next(network.parameters()).device.type if isinstance(network, nn.Module) else inputs.device.type
         with torch.autocast(device, torch.bfloat16):
             return network(inputs, *args, **kwargs)
+
+
+class AdamW(torch.optim.AdamW):
+    """Of the parameters of an objective that are not frozen.
+
+    Args:
+        objective: what is trained.
+        lr: learning rate, the highest of `OneCycle`.
+        weight_decay: a step takes lr times this share off each parameter.
+    """
+
+    def __init__(self, objective: nn.Module, lr: float, weight_decay: float = 0.0001) -> None:
+        super().__init__([p for p in objective.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+
+
+class OneCycle(OneCycleLR):
+    """Up to the learning rate of the optimizer and down to almost 0 (Smith and Topin 2019), the momentum constant.
+
+    Args:
+        optimizer: has one learning rate.
+        steps: of the whole training.
+        pct_start: share of the steps in which the rate rises.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: int, pct_start: float = 0.05) -> None:
+        super().__init__(optimizer, optimizer.defaults["lr"], steps, pct_start=pct_start, cycle_momentum=False)
 
 
 class ObjectiveEvaluator(SupervisedEvaluator):
@@ -86,9 +113,9 @@ class ObjectiveTrainer(SupervisedTrainer):
         optimizer, lr_scheduler: of the objective's parameters.
         inferer: how the objective is called.
         log_dir: folder of the TensorBoard logs.
-        checkpoint_dir: folder of the checkpoints.
         save: handler that writes the weights in the end.
         evaluator: validates every `val_interval` epochs.
+        checkpoint_dir: folder of the checkpoints; by default `checkpoints` in `log_dir`.
         max_norm: of the gradients.
         ema_decay: see `ExponentialMovingAverage`.
         train_handlers: further handlers.
@@ -105,10 +132,10 @@ class ObjectiveTrainer(SupervisedTrainer):
         lr_scheduler: LRScheduler,
         inferer: Inferer,
         log_dir: str,
-        checkpoint_dir: str,
         save: Any,
         evaluator: ObjectiveEvaluator,
         val_interval: int = 1,
+        checkpoint_dir: str | None = None,
         max_norm: float = 1.0,
         ema_decay: float = 0.999,
         train_handlers: Sequence[Any] = (),
@@ -133,7 +160,7 @@ class ObjectiveTrainer(SupervisedTrainer):
                 ValidationHandler(val_interval, evaluator),
                 EpochProgress(),
                 TensorBoardStatsHandler(log_dir=log_dir, tag_name="train_loss", output_transform=_loss_of),
-                Checkpoints(checkpoint_dir, state),
+                Checkpoints(checkpoint_dir or str(Path(log_dir) / "checkpoints"), state),
                 save,
                 *train_handlers,
             ],
