@@ -35,6 +35,7 @@ from .outputs import check_result, input_files
 from .report.html import write_report
 from .sharing.archive import import_bundle
 from .sharing.export import export_bundle, export_onnx, export_torchscript
+from .sharing.import_weights import import_weights
 from .sharing.new_bundle import new_bundle
 from .transforms.strip import Strip
 from .weights import sha256
@@ -304,12 +305,12 @@ def benchmark(
         raise typer.Exit(FAILED)
 
 
-def _in_one_line(make: Callable[..., None]) -> Callable[..., None]:
+def _in_one_line(make: Callable[..., None], said: str) -> Callable[..., None]:
     @functools.wraps(make)
     def command(**options: Any) -> None:
         with _one_line_errors(), typed_errors():
             make(**options)
-        print(f"{options['output'] / 'cohort.csv'}: the cohort")
+        print(said.format(**options))
 
     return command
 
@@ -388,5 +389,6 @@ def _one_line_errors() -> Iterator[None]:
         logging.disable(before)
 
 
+app.command("import-weights")(_in_one_line(import_weights, "{output}: the converted weights"))
 for _kind, _make in KINDS.items():
-    cohorts.command(_kind)(_in_one_line(_make))
+    cohorts.command(_kind)(_in_one_line(_make, "{output}/cohort.csv: the cohort"))
