@@ -13,7 +13,7 @@ from .archive import PARTS, write_folder
 
 TODO = "TODO"
 OF_THE_METHOD = ("title", "description", "run_time", "references")  # of the metadata
-SECTIONS = ("Input", "Output", "Commands", "License")  # of the model card, which are no claim about the method
+SECTIONS = ("Input", "Commands", "License")  # of the model card, which are no claim about the method
 END = "\n```\n"  # of the commands, after which more is said of the numbers of the method
 CONFIG = re.compile(r"configs/(inference|train|train_autoencoder|calibrate|evaluate|multi_gpu_train|metadata)\.json")
 COLUMNS = 120
