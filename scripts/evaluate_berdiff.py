@@ -5,8 +5,8 @@
 For each noise level L, probability threshold P, number of network calls and of walks: Dice, AUPRC and PSNR under the
 protocol of `common.metrics.masked_bernoulli`, AUPRC of the pooled foreground, AUROC of the share of masked entries
 (slices with lesion against slices without), time and memory; beside them an intensity threshold. All is on the
-network's grid. Written: the JSON, and box plots of the share of masked entries as a PNG of the same name; the table is
-printed. L and P belong to the split "val": the paper chose them on its test set.
+network's grid. Written: the JSON; the table is printed. L and P belong to the split "val": the paper chose them on its
+test set.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cbook import boxplot_stats
-from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
@@ -60,7 +58,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the detection and of the slices drawn.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
-    """Write the JSON and the PNG, and print the table."""
+    """Write the JSON, and print the table."""
     if not config:
         metadata(bundle)  # names the bundles that there are
         config = [BUNDLES_DIR / bundle / "configs" / "inference.json"]
@@ -83,14 +81,13 @@ def main(
     settings = [
         (L, P, n or L, m) for L, P, n, m in product(noise_levels, thresholds, steps, walks or [detector.num_passes])
     ]
-    grid = [measure(detector, slices, setting, seed) for setting in tqdm(settings)]
     result = {
         "bundle": bundle,
         "split": split,
         "n_slices": len(slices.image),
         "n_lesion_slices": int(slices.diseased.sum()),
         "n_subjects": len(set(slices.subject)),
-        "grid": [{name: value for name, value in entry.items() if name != "shares"} for entry in grid],
+        "grid": [measure(detector, slices, setting, seed) for setting in tqdm(settings)],
         "baseline": measure_baseline(slices, modalities, baseline, direction, seed),
         "weights_sha256": sha256(weights),
         "seed": seed,
@@ -99,7 +96,6 @@ def main(
     }
     with replacing(output) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    save_box_plots(grid, slices.diseased.numpy(), output.with_suffix(".png"))
     print(table(result))
 
 
@@ -128,7 +124,7 @@ def configure(detector: BerDiff, setting: Setting) -> None:
 
 
 def measure(detector: BerDiff, slices: Slices, setting: Setting, seed: int) -> dict[str, Any]:
-    """One line of the table; `shares` are those of masked entries, (N,)."""
+    """One line of the table."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     configure(detector, setting)
@@ -144,7 +140,6 @@ def measure(detector: BerDiff, slices: Slices, setting: Setting, seed: int) -> d
         "masked_share": {"auroc": metrics["image_auroc"]} | {name: box(shares[which]) for name, which in both.items()},
         "seconds_per_slice": seconds,
         "peak_memory_gb": peak_memory_mb(next(detector.parameters()).device) / 1e3,
-        "shares": shares,
     }
 
 
@@ -166,18 +161,6 @@ def measure_baseline(slices: Slices, modalities: list[str], modality: str, direc
         "pooled": {name: metrics[name] for name in POOLED},
         "image_auroc": metrics["image_auroc"],
     }
-
-
-def save_box_plots(grid: list[dict[str, Any]], diseased: np.ndarray, path: Path) -> None:
-    """Share of masked entries of healthy and of diseased slices, one panel a setting that does not mask all."""
-    panels = [entry for entry in grid if entry["P"] > 0]
-    figure = Figure(figsize=(2.2 * max(len(panels), 1), 3), layout="constrained")
-    for axis, entry in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
-        axis.boxplot([entry["shares"][~diseased], entry["shares"][diseased]], tick_labels=["healthy", "diseased"])
-        axis.set_title(label(entry), fontsize=8)
-    figure.supylabel("share of masked entries", fontsize=9)
-    with replacing(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary, metadata={"Software": None})
 
 
 def label(entry: dict[str, Any]) -> str:
