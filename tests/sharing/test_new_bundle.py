@@ -11,9 +11,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from contract import monai_checks
+from contract import monai_checks, test_settings, test_weights
 from contract import test_configs as contract
 from contract.test_detection import OUTPUTS
+from monai.bundle import ConfigParser
 from typer.testing import CliRunner
 
 import common.methods
@@ -21,6 +22,7 @@ from common.bundle import BUNDLES_DIR, available_bundles
 from common.cli import app
 from common.errors import BundleError, OutputError, SettingError
 from common.sharing.new_bundle import json_layout, new_bundle
+from common.weights import load_weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_method.md"
 SCHEMA = Path(monai_checks.__file__).with_name("meta_schema_20240725.json")
@@ -102,6 +104,7 @@ def test_the_method_of_the_page_keeps_the_contract(toy, cohort, tmp_path):
             assert found == [], name
     for name in ("network_def", "preprocessing"):
         contract.test_training_and_inference_share(name, configs)
+        test_settings.test_every_setting_is_in_the_fingerprint(name, configs, None)
     contract.test_workflows_name_this_bundle(configs, toy)
 
     monai_checks.main(toy, SCHEMA, cohort, tmp_path)  # trains, too
@@ -113,6 +116,11 @@ def test_the_method_of_the_page_keeps_the_contract(toy, cohort, tmp_path):
     for names, settings in ((["inference.json", "calibrate.json"], {"cohort": str(cohort)}), (["inference.json"], {})):
         workflow = monai_checks.make_workflow(toy, names, "infer", output_dir=str(tmp_path / "out"), **settings)
         workflow.parser.get_parsed_content("evaluator").run()
+    parser = ConfigParser(configs["inference.json"])
+    test_settings.test_classes_of_this_project_record_their_settings(parser)
+    network = parser.get_parsed_content("network_def")
+    network.load_state_dict(load_weights(toy / "models" / "model.pt"))
+    test_weights.test_file_holds_tensors_only_and_all_of_them(toy, network)
     (case,) = (tmp_path / "out").iterdir()
     assert {path.name for path in case.iterdir()} == OUTPUTS
     anomaly_map = np.asarray(nib.load(case / "anomaly_map.nii.gz").dataobj)

@@ -22,7 +22,8 @@ def test_items_are_in_the_config(config):
     variant = Variant.parse(f"{config}:variant=c,steps=20,known=null,sigma=2.5,weights=a.pt")
     assert variant.name == "method variant=c steps=20 known=null sigma=2.5"
     values = {"variant": "c", "steps": 20, "known": None, "sigma": 2.5, "weights": "a.pt"}
-    assert variant.parser().get() == values
+    parser = variant.parser()
+    assert {name: parser[name] for name in values} == values
 
 
 def test_bundle_has_its_own_config():
