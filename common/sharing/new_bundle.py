@@ -29,7 +29,7 @@ def new_bundle(key: str, like: str, folder: Path) -> Path:
     root = bundle.BUNDLES_DIR / like
     if not re.fullmatch(r"[a-z][a-z0-9_]*", key):
         raise SettingError(key, "cannot name a bundle", "use small letters, digits and _")
-    name = re.compile(rf"(?<![\w.]){re.escape(like)}(?![\w.])")  # not common.methods.LIKE
+    name = re.compile(rf"(?<![\w.]){re.escape(like)}(?!\w)")  # not common.methods.LIKE
     files = {}
     for path in sorted(root.rglob("*")):
         place = path.relative_to(root).as_posix()
