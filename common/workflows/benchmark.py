@@ -28,7 +28,13 @@ from ..outputs import Inputs, check_file, is_result
 from ..report.benchmark_table import LESIONS, SUBJECTS, VOXELS, csv_table, markdown_tables
 from ..results.case import versions
 from ..weights import digest
-from .evaluation import BaselineMetrics, fit_healthy_baselines, labelled_case, write_result
+from .evaluation import (
+    BaselineMetrics,
+    fit_healthy_baselines,
+    healthy_training_subjects,
+    labelled_case,
+    write_result,
+)
 from .variants import Variant
 
 RESULT = "result.json"
@@ -194,7 +200,8 @@ def run_baselines(cohort: Path, key: str, identity: Mapping[str, Any]) -> dict[s
         workflow.initialize()
         content, started = workflow.parser.get_parsed_content, time.perf_counter()
         modalities = metadata(key)["modalities"]
-        baselines = BaselineMetrics(modalities, fit_healthy_baselines(cohort, modalities, content("preprocessing")))
+        healthy = fit_healthy_baselines(healthy_training_subjects(cohort, modalities), content("preprocessing"))
+        baselines = BaselineMetrics(modalities, healthy)
         for item in content("dataset"):
             baselines.update(labelled_case(item))
     say(f"baselines on {', '.join(modalities)}: {time.perf_counter() - started:.0f} s")

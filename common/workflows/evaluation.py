@@ -112,7 +112,7 @@ class Evaluate:
 
     Args:
         result: path of the JSON.
-        modalities: of the images.
+        modalities: of the images, for the baselines.
         cohort: CSV, on whose healthy training subjects some baselines are fitted; without one these are left out.
         baselines: whether to measure any.
     """
@@ -121,7 +121,7 @@ class Evaluate:
     run_time: RunTime
 
     def __init__(
-        self, result: str, modalities: Sequence[str], cohort: str | None = None, baselines: bool = True
+        self, result: str, modalities: Sequence[str] = (), cohort: str | None = None, baselines: bool = True
     ) -> None:
         self.result = Path(result)
         self.modalities = modalities
@@ -151,8 +151,8 @@ class Evaluate:
         """Before the first subject. Raises CohortError, or what the preprocessing raises."""
         if self.with_baselines:
             prepare: Any = self.evaluator.preprocessing
-            healthy = None if self.cohort is None else fit_healthy_baselines(self.cohort, self.modalities, prepare)
-            self.baselines = BaselineMetrics(self.modalities, healthy)
+            healthy = [] if self.cohort is None else healthy_training_subjects(self.cohort, self.modalities)
+            self.baselines = BaselineMetrics(self.modalities, fit_healthy_baselines(healthy, prepare))
 
     def __call__(self, engine: Engine) -> None:
         """Add the subjects of the batch."""
@@ -219,20 +219,21 @@ def _ras(volume: MetaTensor) -> Tensor:
     return _oriented(cast(MetaTensor, volume.to(torch.float32))).as_tensor().cpu()
 
 
-def fit_healthy_baselines(
-    cohort: str | Path, modalities: Sequence[str], preprocessing: Callable[[dict[str, Any]], dict[str, Any]]
-) -> HealthyBaselines | None:
-    """The baselines that have seen the prepared healthy training subjects of a cohort; None where it has none.
+def healthy_training_subjects(cohort: str | Path, modalities: Sequence[str]) -> list[dict[str, Any]]:
+    """A datalist of the subjects that baselines may see, empty where the cohort has none. Raises CohortError."""
+    return read_cohort(cohort, modalities, "train", healthy=True, allow_empty=True)
 
-    Raises CohortError, or what the preprocessing raises.
-    """
-    data: Sequence[dict[str, Any]] = read_cohort(cohort, modalities, "train", healthy=True, allow_empty=True)
+
+def fit_healthy_baselines(
+    data: Sequence[dict[str, Any]], transform: Callable[[dict[str, Any]], dict[str, Any]]
+) -> HealthyBaselines | None:
+    """The baselines that have seen prepared healthy training subjects; None where the cohort has none."""
     if not data:
         return None
 
     def volumes() -> Iterator[tuple[Tensor, Tensor]]:
         for item in data:
-            image = preprocessing(item)["image"].as_tensor()
+            image = transform(item)["image"].as_tensor()
             yield image, foreground_of(image[None])[0]
 
     return HealthyBaselines.fit(volumes(), len(data))
