@@ -33,32 +33,6 @@ class Bfloat16Inferer(SimpleInferer):
             return network(inputs, *args, **kwargs)
 
 
-class AdamW(torch.optim.AdamW):
-    """Of the parameters of an objective that are not frozen.
-
-    Args:
-        objective: what is trained.
-        lr: learning rate, the highest of `OneCycle`.
-        weight_decay: a step takes lr times this share off each parameter.
-    """
-
-    def __init__(self, objective: nn.Module, lr: float, weight_decay: float = 0.0001) -> None:
-        super().__init__([p for p in objective.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
-
-
-class OneCycle(OneCycleLR):
-    """Up to the learning rate of the optimizer and down to almost 0 (Smith and Topin 2019), the momentum constant.
-
-    Args:
-        optimizer: has one learning rate.
-        steps: of the whole training.
-        pct_start: share of the steps in which the rate rises.
-    """
-
-    def __init__(self, optimizer: Optimizer, steps: int, pct_start: float = 0.05) -> None:
-        super().__init__(optimizer, optimizer.defaults["lr"], steps, pct_start=pct_start, cycle_momentum=False)
-
-
 class ObjectiveEvaluator(SupervisedEvaluator):
     """Validates a training by the mean of the losses over the validation slices; the lowest `val_loss` is the best.
 
@@ -174,3 +148,29 @@ def _loss_of(output: dict[str, Any]) -> float:
 
 def _total_loss(losses: dict[str, Tensor], target: None) -> Tensor:
     return losses["loss"]
+
+
+class AdamW(torch.optim.AdamW):
+    """Of the parameters of an objective that are not frozen.
+
+    Args:
+        objective: what is trained.
+        lr: learning rate, the highest of `OneCycle`.
+        weight_decay: a step takes lr times this share off each parameter.
+    """
+
+    def __init__(self, objective: nn.Module, lr: float, weight_decay: float = 0.0001) -> None:
+        super().__init__([p for p in objective.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+
+
+class OneCycle(OneCycleLR):
+    """Up to the learning rate of the optimizer and down to almost 0 (Smith and Topin 2019), the momentum constant.
+
+    Args:
+        optimizer: has one learning rate.
+        steps: of the whole training.
+        pct_start: share of the steps in which the rate rises.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: int, pct_start: float = 0.05) -> None:
+        super().__init__(optimizer, optimizer.defaults["lr"], steps, pct_start=pct_start, cycle_momentum=False)
