@@ -89,10 +89,10 @@ class ObjectiveTrainer(SupervisedTrainer):
         log_dir: folder of the TensorBoard logs.
         save: handler that writes the weights in the end.
         evaluator: validates every `val_interval` epochs.
-        checkpoint_dir: folder of the checkpoints; by default `checkpoints` in `log_dir`.
         max_norm: of the gradients.
         ema_decay: see `ExponentialMovingAverage`.
         train_handlers: further handlers.
+        checkpoint_dir: folder of the checkpoints; by default `checkpoints` in `log_dir`.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class ObjectiveTrainer(SupervisedTrainer):
         save: Any,
         evaluator: ObjectiveEvaluator,
         val_interval: int = 1,
-        checkpoint_dir: str | None = None,
         max_norm: float = 1.0,
         ema_decay: float = 0.999,
         train_handlers: Sequence[Any] = (),
+        checkpoint_dir: str | None = None,
     ) -> None:
         self.average = ExponentialMovingAverage(network, ema_decay)
         evaluator.validate(self.average.module, inferer, device, log_dir)
