@@ -78,5 +78,5 @@ def json_layout(value: Any, indent: int = 0, lead: int = 0) -> str:
         else:
             lines.append(" " * (indent + 4) + text)
         shared = short
-    first, *_, last = json.dumps(type(value)())
-    return "\n".join([first, *lines])[:-1] + "\n" + " " * indent + last
+    brackets = "{}" if isinstance(value, dict) else "[]"
+    return "\n".join([brackets[0], *lines])[:-1] + "\n" + " " * indent + brackets[1]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from torch import Tensor
 from tqdm import tqdm
@@ -60,7 +61,8 @@ def load_slices(
         if "lesion" in item:
             to_grid = SpatialResample(mode="nearest", padding_mode="zeros")
             mask = load_lesion(str(item["lesion"]), data["brain"])
-            lesion = to_grid(mask, dst_affine=image.affine, spatial_size=image.shape[1:]).as_tensor()[0] > 0
+            moved = cast(MetaTensor, to_grid(mask, dst_affine=image.affine, spatial_size=image.shape[1:]))
+            lesion = moved.as_tensor()[0] > 0
         values = image.as_tensor().movedim(-1, 0)
         used = (values > 0).flatten(1).any(1).nonzero().flatten()
         seeds = seed * 1_000_003 + used  # as `VolumeDetector` has them
@@ -91,10 +93,16 @@ def pooled(
     metrics = DetectionMetrics()
     subjects = np.array(slices.subject)
     foreground = foreground_of(slices.image)[:, 0]
-    images = {} if reconstruction is None else {"image": slices.image, "reconstruction": reconstruction}
     for subject in np.unique(subjects):
         own = torch.from_numpy(subjects == subject)
-        volumes = (x[own].movedim(0, -1) for x in (maps, slices.lesion, foreground))
-        own_images = {name: x[own].movedim(0, -1) for name, x in images.items()}
-        metrics.update(str(subject), *volumes, slice_scores=None if scores is None else scores[own], **own_images)
+        anomaly_map, lesion, brain = (x[own].movedim(0, -1) for x in (maps, slices.lesion, foreground))
+        metrics.update(
+            str(subject),
+            anomaly_map,
+            lesion,
+            brain,
+            slice_scores=None if scores is None else scores[own],
+            image=None if reconstruction is None else slices.image[own].movedim(0, -1),
+            reconstruction=None if reconstruction is None else reconstruction[own].movedim(0, -1),
+        )
     return metrics.compute(seed)
