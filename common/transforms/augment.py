@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from monai.transforms import (
@@ -21,8 +21,8 @@ BOTH = ("image", "foreground")
 def slices(
     affine: Mapping[str, Any] | None = None,
     bias_field: float = 0.0,
-    gamma: Sequence[float] | None = None,
-    control_points: Sequence[int] | None = None,
+    gamma: tuple[float, float] | None = None,
+    control_points: tuple[int, int] | None = None,
     gain: float = 0.0,
     prob: float = 0.5,
 ) -> list[RandomizableTransform]:
@@ -43,9 +43,9 @@ def slices(
     if bias_field:
         found.append(RandBiasFieldd("image", prob=prob, coeff_range=(-bias_field, bias_field)))
     if gamma is not None:
-        found.append(RandAdjustContrastd("image", prob=prob, gamma=tuple(gamma)))
+        found.append(RandAdjustContrastd("image", prob=prob, gamma=gamma))
     if control_points is not None:
-        found.append(RandHistogramShiftd("image", prob=prob, num_control_points=tuple(control_points)))
+        found.append(RandHistogramShiftd("image", prob=prob, num_control_points=control_points))
     if gain:
         found.append(RandScaleIntensityd("image", prob=prob, factors=gain))
     return found
