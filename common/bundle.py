@@ -143,15 +143,18 @@ def run_training(name: str, cohort: Path, output_dir: Path) -> Path:
     """
     paths = {"cohort": str(cohort.resolve()), "output_dir": str(output_dir.resolve())}
     weights = output_dir / "model.pt"
-    stages = {"train_autoencoder.json": output_dir / "model_autoencoder.pt", "train.json": weights}
+    stages = {
+        ("train.json", "train_autoencoder.json"): output_dir / "model_autoencoder.pt",
+        ("train.json",): weights,
+    }
     checkpoints = [output_dir / "autoencoder", output_dir / "checkpoints"]
     Inputs(cohort_files(cohort)).check([*checkpoints, *stages.values()])
     for result, folder in zip(stages.values(), checkpoints, strict=True):
         check_file(result, any(folder.glob("checkpoint_epoch=*.pt")), f"of a training with checkpoints in {folder}")
     with typed_errors():
-        for config, result in stages.items():
-            if (BUNDLES_DIR / name / "configs" / config).is_file() and not result.is_file():
-                workflow = load_workflow(name, [config], "train", **paths)
+        for configs, result in stages.items():
+            if (BUNDLES_DIR / name / "configs" / configs[-1]).is_file() and not result.is_file():
+                workflow = load_workflow(name, [*configs], "train", **paths)
                 workflow.initialize()
                 workflow.run()
     run_inference(name, ["inference.json", "calibrate.json"], weights=str(weights.resolve()), **paths)

@@ -6,7 +6,6 @@ import functools
 import io
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -36,9 +35,11 @@ from .outputs import check_result, input_files
 from .report.html import write_report
 from .sharing.archive import import_bundle
 from .sharing.export import export_bundle, export_onnx, export_torchscript
+from .sharing.import_weights import import_weights
+from .sharing.new_bundle import new_bundle
 from .transforms.strip import Strip
 from .weights import sha256
-from .workflows.batch import check_detection, detect_cases
+from .workflows.batch import check_detection, chosen_part, detect_cases
 from .workflows.benchmark import run_benchmark
 from .workflows.calibrate import check_calibrated, healthy_cases
 from .workflows.prepare import prepare_cohort
@@ -173,7 +174,7 @@ def detect(
     with _one_line_errors():
         mask = None if brain_mask is None else str(brain_mask)
         cases = find_cases(image, metadata(method)["modalities"], mask, series, participant_label or ())
-        own_part = _chosen_part(part)
+        own_part = chosen_part(part)
         others = [path for path in (*image, weights) if path and path.is_file()]
         check_detection(output, cases, method, others, own_part)
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
@@ -263,7 +264,7 @@ def evaluate(
         check_result(output, [*cohort_files(cohort), *([weights] if weights else [])], "bundle", "weights_sha256")
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         if not baselines:
-            override |= {"task::baselines": False, "task::healthy_baselines": None}
+            override |= {"task::baselines": False}
         paths = {"cohort": str(cohort.resolve()), "result": str(output.resolve())}
         run_inference(method, ["inference.json", "evaluate.json"], **paths, **override)
 
@@ -304,12 +305,12 @@ def benchmark(
         raise typer.Exit(FAILED)
 
 
-def _in_one_line(make: Callable[..., None]) -> Callable[..., None]:
+def _in_one_line(make: Callable[..., None], said: str) -> Callable[..., None]:
     @functools.wraps(make)
     def command(**options: Any) -> None:
         with _one_line_errors(), typed_errors():
             make(**options)
-        print(f"{options['output'] / 'cohort.csv'}: the cohort")
+        print(said.format(**options))
 
     return command
 
@@ -339,6 +340,16 @@ def import_(
     print(f"{BUNDLES_DIR / name}: use it with -m {name}")
 
 
+@app.command("new-bundle")
+def new_bundle_(
+    key: Annotated[str, typer.Argument(help="Of the method: small letters, digits and _.")],
+    like: Annotated[str, typer.Option(help="The nearest bundle that is there, see `uad list`.", callback=_known)],
+) -> None:
+    """Begin the bundle of a new method: a copy of another one without its weights, with TODO where yours differs."""
+    with _one_line_errors():
+        print(f"{new_bundle(key, like, BUNDLES_DIR)}: docs/adding_a_method.md says what is next")
+
+
 @app.command("list")
 def list_bundles(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """The bundles, with modality, size and licence of the weights, and run time."""
@@ -365,20 +376,6 @@ def _override(
     return {"network_def::seed": seed, **{name: value for name, value in given.items() if value is not None}}
 
 
-def _chosen_part(text: str | None) -> tuple[int, int]:
-    """(i, n) of `--part i/n`, else of the array job that SLURM runs this in, else (1, 1)."""
-    if text is not None:
-        number, parts = text.split("/")
-        return int(number), int(parts)
-    if "SLURM_ARRAY_TASK_ID" not in os.environ:
-        return 1, 1
-    task, first, count, step = (
-        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
-        for name, default in (("ID", 0), ("MIN", 0), ("COUNT", 1), ("STEP", 1))
-    )
-    return (task - first) // step + 1, count
-
-
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     before = logging.root.manager.disable
@@ -392,5 +389,6 @@ def _one_line_errors() -> Iterator[None]:
         logging.disable(before)
 
 
+app.command("import-weights")(_in_one_line(import_weights, "{output}: the converted weights"))
 for _kind, _make in KINDS.items():
-    cohorts.command(_kind)(_in_one_line(_make))
+    cohorts.command(_kind)(_in_one_line(_make, "{output}/cohort.csv: the cohort"))

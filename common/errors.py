@@ -5,9 +5,14 @@ Each message is one line: the file, what is wrong, what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # how `monai.bundle run` takes a setting: by the item of a config
 ITEMS = {
@@ -60,6 +65,19 @@ class UADError(Exception):
 
     def __str__(self) -> str:
         return " ".join(f"{self.source}: {self.fact}; {self.remedy}".split())
+
+
+def one_line(command: Callable[P, R]) -> Callable[P, R]:
+    """`command`, which ends the process with one line instead of a traceback where an input is to blame."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except UADError as error:
+            raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+    return wrapped
 
 
 class ImageFileError(UADError):

@@ -5,16 +5,14 @@
 For each noise level L, probability threshold P, number of network calls and of walks: Dice, AUPRC and PSNR under the
 protocol of `common.metrics.masked_bernoulli`, AUPRC of the pooled foreground, AUROC of the share of masked entries
 (slices with lesion against slices without), time and memory; beside them an intensity threshold. All is on the
-network's grid. Written: the JSON, and box plots of the share of masked entries as a PNG of the same name; the table is
-printed. L and P belong to the split "val": the paper chose them on its test set.
+network's grid. Written: the JSON; the table is printed. L and P belong to the split "val": the paper chose them on its
+test set.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,50 +20,25 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cbook import boxplot_stats
-from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
-from monai.transforms import SpatialResample
-from torch import Tensor
 from tqdm import tqdm
 
 from common.bundle import BUNDLES_DIR, metadata
-from common.cohorts.table import read_cohort
 from common.detection.method import Detection, foreground_of
-from common.errors import CohortError, UADError
+from common.errors import CohortError, one_line
 from common.files import replacing
-from common.images.check import typed_errors
 from common.methods.berdiff import BerDiff
-from common.metrics import DetectionMetrics, intensity_threshold
+from common.metrics import intensity_threshold
 from common.metrics.masked_bernoulli import map_metrics, masked_bernoulli_metrics
 from common.results.case import versions
-from common.transforms.load import load_lesion
 from common.weights import load_into, sha256
+from common.workflows.drawn_slices import Slices, drawn, load_slices, pooled
 from common.workflows.run_time import peak_memory_mb
 
 BATCH = 32  # slices at once
 Setting = tuple[int, float, int, int]  # L, P, network calls, walks
 POOLED = ("auprc", "auroc", "max_dice_pooled")
-
-
-@dataclass(frozen=True)
-class Slices:
-    """Prepared slices with foreground: image (N, C, H, W), lesion (N, H, W) bool, subject and seed of each."""
-
-    image: Tensor
-    lesion: Tensor
-    subject: list[str]
-    seed: Tensor
-
-    @property
-    def diseased(self) -> Tensor:
-        """(N,) bool."""
-        return self.lesion.flatten(1).any(1)
-
-    def take(self, indices: Tensor) -> Slices:
-        """Some of the slices."""
-        return Slices(self.image[indices], self.lesion[indices], [self.subject[i] for i in indices], self.seed[indices])
 
 
 def main(
@@ -85,7 +58,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the detection and of the slices drawn.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
-    """Write the JSON and the PNG, and print the table."""
+    """Write the JSON, and print the table."""
     if not config:
         metadata(bundle)  # names the bundles that there are
         config = [BUNDLES_DIR / bundle / "configs" / "inference.json"]
@@ -108,14 +81,13 @@ def main(
     settings = [
         (L, P, n or L, m) for L, P, n, m in product(noise_levels, thresholds, steps, walks or [detector.num_passes])
     ]
-    grid = [measure(detector, slices, setting, seed) for setting in tqdm(settings)]
     result = {
         "bundle": bundle,
         "split": split,
         "n_slices": len(slices.image),
         "n_lesion_slices": int(slices.diseased.sum()),
         "n_subjects": len(set(slices.subject)),
-        "grid": [{name: value for name, value in entry.items() if name != "shares"} for entry in grid],
+        "grid": [measure(detector, slices, setting, seed) for setting in tqdm(settings)],
         "baseline": measure_baseline(slices, modalities, baseline, direction, seed),
         "weights_sha256": sha256(weights),
         "seed": seed,
@@ -124,7 +96,6 @@ def main(
     }
     with replacing(output) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    save_box_plots(grid, slices.diseased.numpy(), output.with_suffix(".png"))
     print(table(result))
 
 
@@ -133,46 +104,6 @@ def load_detector(parser: ConfigParser, weights: Path, device: str) -> BerDiff:
     network = parser.get_parsed_content("network_def")
     load_into(network, weights)
     return network.detector.eval().to(device)
-
-
-def load_slices(cohort: Path, modalities: list[str], split: Any, preprocessing: Any, seed: int) -> Slices:
-    """All slices with foreground of a split, their lesions brought to the network's grid (nearest).
-
-    `<subject>_healthy`, the tumour-free slices of a subject that is there too, is left out.
-    """
-    items = read_cohort(cohort, modalities, split)
-    names = {str(item["subject"]) for item in items}
-    parts = []
-    for item in tqdm(items, desc="prepare"):
-        subject = str(item["subject"])
-        if subject.endswith("_healthy") and subject.removesuffix("_healthy") in names:
-            continue
-        with typed_errors():
-            data = preprocessing(item)
-        image = data["image"]
-        lesion = torch.zeros(image.shape[1:], dtype=torch.bool)
-        if "lesion" in item:
-            to_grid = SpatialResample(mode="nearest", padding_mode="zeros")
-            mask = load_lesion(str(item["lesion"]), data["brain"])
-            lesion = to_grid(mask, dst_affine=image.affine, spatial_size=image.shape[1:]).as_tensor()[0] > 0
-        values = image.as_tensor().movedim(-1, 0)
-        used = (values > 0).flatten(1).any(1).nonzero().flatten()
-        seeds = seed * 1_000_003 + used  # as `VolumeDetector` has them
-        parts.append(Slices(values[used], lesion.movedim(-1, 0)[used], [subject] * len(used), seeds))
-    return Slices(
-        torch.cat([part.image for part in parts]),
-        torch.cat([part.lesion for part in parts]),
-        [subject for part in parts for subject in part.subject],
-        torch.cat([part.seed for part in parts]),
-    )
-
-
-def drawn(diseased: np.ndarray, count: int, seed: int) -> Tensor:
-    """Indices of `count` slices at most, half of them diseased where there are as many; diseased: (N,) bool."""
-    rng = np.random.default_rng(seed)
-    sick, well = (rng.permutation(np.flatnonzero(which)) for which in (diseased, ~diseased))
-    half = min(len(sick), max(count // 2, count - len(well)))
-    return torch.from_numpy(np.sort(np.concatenate([sick[:half], well[: count - half]])))
 
 
 def detect(detector: BerDiff, slices: Slices) -> tuple[Detection, float]:
@@ -193,7 +124,7 @@ def configure(detector: BerDiff, setting: Setting) -> None:
 
 
 def measure(detector: BerDiff, slices: Slices, setting: Setting, seed: int) -> dict[str, Any]:
-    """One line of the table; `shares` are those of masked entries, (N,)."""
+    """One line of the table."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     configure(detector, setting)
@@ -210,28 +141,7 @@ def measure(detector: BerDiff, slices: Slices, setting: Setting, seed: int) -> d
         | {name: box(shares[which]) for name, which in both.items()},
         "seconds_per_slice": seconds,
         "peak_memory_gb": peak_memory_mb(next(detector.parameters()).device) / 1e3,
-        "shares": shares,
     }
-
-
-def pooled(
-    slices: Slices, maps: Tensor, seed: int, scores: Tensor | None = None, reconstruction: Tensor | None = None
-) -> dict[str, Any]:
-    """This project's metrics over the slices' foreground, with intervals over subjects.
-
-    maps: (N, H, W);  scores: (N,);  reconstruction: (N, C, H, W), for PSNR and SSIM.
-    """
-    metrics = DetectionMetrics()
-    subjects = np.array(slices.subject)
-    foreground = foreground_of(slices.image)[:, 0]
-    images = {} if reconstruction is None else {"image": slices.image, "reconstruction": reconstruction}
-    for subject in np.unique(subjects):
-        own = torch.from_numpy(subjects == subject)
-        volumes = (x[own].movedim(0, -1) for x in (maps, slices.lesion, foreground))
-        own_images = {name: x[own].movedim(0, -1) for name, x in images.items()}
-        of_method = None if scores is None else scores[own]
-        metrics.update(str(subject), *volumes, method_slice_scores=of_method, **own_images)
-    return metrics.compute(seed)
 
 
 def box(values: np.ndarray) -> dict[str, float]:
@@ -252,18 +162,6 @@ def measure_baseline(slices: Slices, modalities: list[str], modality: str, direc
         "pooled": {name: metrics[name] for name in POOLED},
         "image_auroc": metrics["image_auroc"],
     }
-
-
-def save_box_plots(grid: list[dict[str, Any]], diseased: np.ndarray, path: Path) -> None:
-    """Share of masked entries of healthy and of diseased slices, one panel a setting that does not mask all."""
-    panels = [entry for entry in grid if entry["P"] > 0]
-    figure = Figure(figsize=(2.2 * max(len(panels), 1), 3), layout="constrained")
-    for axis, entry in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
-        axis.boxplot([entry["shares"][~diseased], entry["shares"][diseased]], tick_labels=["healthy", "diseased"])
-        axis.set_title(label(entry), fontsize=8)
-    figure.supylabel("share of masked entries", fontsize=9)
-    with replacing(path) as temporary:
-        FigureCanvasAgg(figure).print_png(temporary, metadata={"Software": None})
 
 
 def label(entry: dict[str, Any]) -> str:
@@ -293,13 +191,5 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(command: Callable[..., None]) -> None:
-    """Run a script's command; it ends in one line where an input is to blame."""
-    try:
-        typer.run(command)
-    except UADError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
-
-
 if __name__ == "__main__":
-    run(main)
+    typer.run(one_line(main))

@@ -20,12 +20,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from evaluate_berdiff import Slices, drawn, load_slices, pooled, run
-from evaluate_sprites import parsed_rows
 
+from common.errors import one_line
 from common.files import replacing
 from common.results.case import versions
 from common.weights import load_into, sha256
+from common.workflows.drawn_slices import Slices, drawn, load_slices, pooled
+from common.workflows.variants import Variant
 
 METRICS = {"auprc": "AUPRC", "auroc": "AUROC", "max_dice_pooled": "best Dice (oracle)", "ssim": "SSIM", "psnr": "PSNR"}
 
@@ -40,7 +41,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure each row, and print the table."""
-    rows, prepared, results = parsed_rows(row), dict[str, Slices](), []
+    rows, prepared, results = [Variant.parse(text) for text in row], dict[str, Slices](), []
     result = {
         "cohort": cohort.name,
         "split": split,
@@ -93,4 +94,4 @@ def line(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    typer.run(one_line(main))

@@ -17,27 +17,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from monai.bundle import ConfigParser
 from monai.transforms import Orientation
 from torch import Tensor
 
-from common.bundle import BUNDLES_DIR, check_items, parse_items, split_settings
 from common.cohorts.table import cohort_modalities, read_cohort
 from common.detection.method import foreground_of, seeded_generators, top_mean
-from common.errors import SettingError
+from common.errors import one_line
 from common.files import replacing
 from common.metrics import intensity_threshold, latent_ddpm_sprites
 from common.results.case import versions
 from common.transforms.head import HeadCTPreprocessing
 from common.transforms.load import load_lesion
 from common.weights import load_into, sha256
+from common.workflows.variants import Variant
 
 METRICS = {"max_dice": "best Dice", "auprc": "AUPRC", "image_auroc": "image AUROC", "image_auprc": "image AUPRC"}
 OF_METHOD = {"method_auroc": "image AUROC, method's score", "method_auprc": "image AUPRC, method's score"}
@@ -65,7 +63,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Slices at a time.")] = 50,
 ) -> None:
     """Measure each row on each cohort."""
-    rows = parsed_rows(row)
+    rows = [Variant.parse(text) for text in row]
     names = [path.resolve().name for path in cohorts]
     results = [intensity_row(cohorts, direction) for direction in ("bright", "dark")]
     results += [measure(one, cohorts, torch.device(device), batch_size) for one in rows]
@@ -76,51 +74,7 @@ def main(
     print(table(results))
 
 
-@dataclass(frozen=True)
-class Row:
-    """A config and the items in it that are other."""
-
-    config: Path
-    items: dict[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> Row:
-        """From `BUNDLE[:item=value,...]`; a value is JSON, or else text."""
-        name, items = split_settings(text)
-        config = Path(name) if name.endswith(".json") else BUNDLES_DIR / name / "configs" / "inference.json"
-        if not config.is_file():
-            raise SettingError(name, "is neither a bundle nor an inference.json", "see `uad list`")
-        return cls(config, parse_items(items))
-
-    @property
-    def name(self) -> str:
-        """The bundle, and what is other, but where the weights are."""
-        folders = [part for part in self.config.resolve().parts[:-1] if part != "configs"]
-        changes = [f"{item}={value}" for item, value in self.items.items() if item != "weights"]
-        return " ".join([folders[-1], *changes])
-
-    def parser(self) -> ConfigParser:
-        """The config with the other items."""
-        parser = ConfigParser()
-        parser.read_config(self.config)
-        check_items(parser, self.items)
-        for item, value in self.items.items():
-            parser[item] = value
-        return parser
-
-
-def parsed_rows(texts: list[str]) -> list[Row]:
-    """The rows of a command line, each checked; typer.BadParameter names the one that is wrong."""
-    try:
-        rows = [Row.parse(text) for text in texts]
-        for row in rows:
-            row.parser()
-    except SettingError as error:
-        raise typer.BadParameter(str(error)) from None
-    return rows
-
-
-def measure(row: Row, cohorts: list[Path], device: torch.device, batch_size: int) -> dict[str, Any]:
+def measure(row: Variant, cohorts: list[Path], device: torch.device, batch_size: int) -> dict[str, Any]:
     """What a method reaches on each cohort, and how long it takes."""
     content = row.parser().get_parsed_content
     network, weights, preprocessing = content("network_def"), content("weights"), content("preprocessing")
@@ -235,4 +189,4 @@ def cell(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(one_line(main))

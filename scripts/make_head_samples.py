@@ -11,12 +11,12 @@ bytes; `make_sample.py` writes the licence.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import nibabel as nib
 import numpy as np
+import typer
 from make_sample import ROOT, nifti, template_2mm, write
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -50,14 +50,9 @@ SEED_CT, SEED_MR, SEED_NOISE = 9, 7, 0
 RADIUS_CT_MM, RADIUS_MR_MM, RIM_MM, CYST_MM = (11.0, 16.0), (21.0, 21.0), 3.5, 5.0
 
 
-def main() -> None:
-    """Write the six files, or the same ones elsewhere."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "common" / "cohorts" / "sample", help="folder")
-    make_head_samples(parser.parse_args().output)
-
-
-def make_head_samples(output: Path) -> None:
+def make_head_samples(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder.")] = ROOT / "common" / "cohorts" / "sample",
+) -> None:
     """Write images and lesion masks (uint8) to a folder."""
     brain, depth_mm, affine = head_2mm()
     output.mkdir(parents=True, exist_ok=True)
@@ -160,4 +155,4 @@ def thick(affine: Array, block: tuple[int, int, int]) -> Array:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(make_head_samples)

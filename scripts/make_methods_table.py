@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from common.bundle import BUNDLES_DIR, available_bundles, describe_bundle
-from common.errors import BundleError, UADError
+from common.errors import BundleError, one_line
 from common.files import replacing
 from common.report.benchmark_table import cell
 from common.weights import sha256
@@ -52,17 +52,14 @@ METRICS = {  # of the cards
 def main(check: Annotated[bool, typer.Option("--check", help="Only compare.")] = False) -> None:
     """Put the tables between their markers."""
     readme, new = ROOT / "README.md", {}
-    try:
-        benchmarks = read_benchmarks(ROOT / "docs" / "benchmarks")
-        sites = read_sites(ROOT / "docs" / "benchmarks" / "sites")
-        new[readme] = with_table(readme, METHODS, f"{sites_table(sites)}\n\n{table(benchmarks)}")
-        for key in available_bundles():
-            card = BUNDLES_DIR / key / "docs" / "README.md"
-            if PERFORMANCE[0] in card.read_text(encoding="utf-8"):
-                of_key = card_of_sites(sites[key]) if key in sites else card_table(key, benchmarks)
-                new[card] = with_table(card, PERFORMANCE, of_key)
-    except UADError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    benchmarks = read_benchmarks(ROOT / "docs" / "benchmarks")
+    sites = read_sites(ROOT / "docs" / "benchmarks" / "sites")
+    new[readme] = with_table(readme, METHODS, f"{sites_table(sites)}\n\n{table(benchmarks)}")
+    for key in available_bundles():
+        card = BUNDLES_DIR / key / "docs" / "README.md"
+        if PERFORMANCE[0] in card.read_text(encoding="utf-8"):
+            of_key = card_of_sites(sites[key]) if key in sites else card_table(key, benchmarks)
+            new[card] = with_table(card, PERFORMANCE, of_key)
     if check:
         sys.exit(int(any(path.read_text(encoding="utf-8") != text for path, text in new.items())))
     for path, text in new.items():
@@ -202,4 +199,4 @@ def with_table(path: Path, markers: tuple[str, str], content: str) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(one_line(main))

@@ -9,12 +9,13 @@ Whole heads are made by `make_head_samples.py`.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 from pathlib import Path
+from typing import Annotated
 
 import nibabel as nib
 import numpy as np
+import typer
 from nilearn.datasets import load_mni152_template
 from scipy import ndimage
 
@@ -49,14 +50,9 @@ birth to adulthood, NeuroImage 47 (2009) S102, doi:10.1016/S1053-8119(09)70884-5
 """
 
 
-def main() -> None:
-    """Write the three files, or the same ones elsewhere."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "common" / "cohorts" / "sample", help="folder")
-    make_sample(parser.parse_args().output)
-
-
-def make_sample(output: Path) -> None:
+def make_sample(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder.")] = ROOT / "common" / "cohorts" / "sample",
+) -> None:
     """Write image (int16, background 0, brain > 0), lesion mask (uint8) and licence to a folder."""
     template, affine = template_2mm()
     insert = InsertLesions("blobs", SEED, count=(5, 5), hyper_limit=HYPER_LIMIT)
@@ -99,4 +95,4 @@ def write(path: Path, content: bytes) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(make_sample)

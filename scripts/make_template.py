@@ -8,10 +8,11 @@ Writes `mni152_T1_2mm.nii.gz` and `LICENSE` to `common/transforms/template`, fro
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 from make_sample import LICENSE, ROOT, nifti, template_2mm, write
 
 TERMS = LICENSE[LICENSE.index("Copyright") :]
@@ -23,14 +24,12 @@ integers; the brain is > 0. The changes are under the same terms.
 """
 
 
-def main() -> None:
-    """Write the two files, or the same ones elsewhere."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "common" / "transforms" / "template", help="folder")
-    make_template(parser.parse_args().output)
-
-
-def make_template(output: Path) -> None:
+def make_template(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder.")] = ROOT
+    / "common"
+    / "transforms"
+    / "template",
+) -> None:
     """Write template (uint8, background 0, brain > 0) and licence to a folder."""
     template, affine = template_2mm()
     volume = np.maximum(np.rint(template), template > 0).astype(np.uint8)  # dark CSF stays in the brain
@@ -40,4 +39,4 @@ def make_template(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(make_template)

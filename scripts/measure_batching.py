@@ -20,13 +20,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from evaluate_sprites import Row, parsed_rows
 from numpy.typing import NDArray
 
+from common.errors import one_line
 from common.files import replacing
 from common.results.case import versions
 from common.weights import load_into, sha256
 from common.workflows.run_time import peak_memory_mb
+from common.workflows.variants import Variant
 
 COUNT = 32
 SIZES = (1, COUNT)
@@ -38,7 +39,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure each row."""
-    rows = parsed_rows(row)
+    rows = [Variant.parse(text) for text in row]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
         found = list(processes.map(measure, *zip(*product(rows, SIZES, [device]), strict=True)))
@@ -49,7 +50,7 @@ def main(
     print(table(results))
 
 
-def measure(row: Row, batch_size: int, device: str) -> tuple[dict[str, float], NDArray[Any]]:
+def measure(row: Variant, batch_size: int, device: str) -> tuple[dict[str, float], NDArray[Any]]:
     """Cost of a slice, and the maps (COUNT, 1, H, W)."""
     content = row.parser().get_parsed_content
     network = content("network_def")
@@ -68,7 +69,7 @@ def measure(row: Row, batch_size: int, device: str) -> tuple[dict[str, float], N
     return cost, torch.cat(maps).numpy()
 
 
-def compared(row: Row, alone: tuple[Any, NDArray[Any]], together: tuple[Any, NDArray[Any]]) -> dict[str, Any]:
+def compared(row: Variant, alone: tuple[Any, NDArray[Any]], together: tuple[Any, NDArray[Any]]) -> dict[str, Any]:
     """A row of the result."""
     difference = float(np.abs(alone[1] - together[1]).max())
     weights = row.parser().get_parsed_content("weights")
@@ -95,4 +96,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    typer.run(one_line(main))

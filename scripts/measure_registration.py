@@ -9,18 +9,20 @@ the unmoved image puts it. A folder of heads holds `NAME_T1.nii.gz` and `NAME_br
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Literal
 
 import nibabel as nib
 import numpy as np
 import torch
+import typer
 from monai.data import MetaTensor
 from scipy.spatial.transform import Rotation
 
+from common.errors import one_line
 from common.transforms.brain import brain_mask
 from common.transforms.deepbet import deepbet_brain_mask
 from common.transforms.load import load_image
@@ -33,30 +35,29 @@ EVERY = 50  # of the brain's voxels is a target point
 STRIPS = {"atlas": atlas_brain_mask, "deepbet": deepbet_brain_mask}
 
 
-def main() -> None:
+def main(
+    images: Annotated[list[Path] | None, typer.Argument(help="NIfTI files, or folders of them.")] = None,
+    heads: Annotated[Path | None, typer.Option(help="Folder of heads with brain masks.")] = None,
+    strip: Annotated[
+        Literal["atlas", "deepbet"], typer.Option(help="How the brains of the heads are found.")
+    ] = "atlas",
+    first: Annotated[int | None, typer.Option(help="Only so many images of each folder.")] = None,
+    perturbations: Annotated[int, typer.Option(help="Of each image.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the perturbations.")] = 0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The JSON.")] = None,
+) -> None:
     """Print a line an image and write all figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("images", nargs="*", type=Path, help="NIfTI files, or folders of them")
-    parser.add_argument("--heads", type=Path, help="folder of heads with brain masks")
-    parser.add_argument("--strip", choices=STRIPS, default="atlas", help="how the brains of the heads are found")
-    parser.add_argument("--first", type=int, help="only so many images of each folder")
-    parser.add_argument("--perturbations", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path)
-    args = parser.parse_args()
     torch.set_num_threads(1)
-    files = [
-        f for path in args.images for f in (sorted(path.glob("*.nii*"))[: args.first] if path.is_dir() else [path])
-    ]
+    files = [f for path in images or () for f in (sorted(path.glob("*.nii*"))[:first] if path.is_dir() else [path])]
     result: dict[str, dict[str, dict[str, float]]] = {"registration": {}, "strip": {}}
     for number, file in enumerate(files):
-        rng = np.random.default_rng([args.seed, number])
-        result["registration"][file.name] = report(file, measure(load_image(file), args.perturbations, rng))
-    for file in sorted(args.heads.glob("*_T1.nii.gz")) if args.heads else []:
+        rng = np.random.default_rng([seed, number])
+        result["registration"][file.name] = report(file, measure(load_image(file), perturbations, rng))
+    for file in sorted(heads.glob("*_T1.nii.gz")) if heads else []:
         mask = load_image(str(file).replace("_T1", "_brain_mask"))
-        result["strip"][file.name] = report(file, measure_strip(load_image(file), mask, STRIPS[args.strip]))
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        result["strip"][file.name] = report(file, measure_strip(load_image(file), mask, STRIPS[strip]))
+    if output:
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(image: MetaTensor, perturbations: int, rng: np.random.Generator) -> dict[str, float]:
@@ -143,4 +144,4 @@ def report(file: Path, figures: dict[str, float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(one_line(main))

@@ -12,12 +12,12 @@ stopped run goes on; each is a file of tensors. In place of a bundle KEY may be 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import SpatialResample
@@ -27,6 +27,7 @@ from common.bundle import BUNDLES_DIR
 from common.cohorts.table import read_cohort
 from common.detection.method import foreground_of
 from common.detection.normalisation import WithinSubjectNormalisation
+from common.errors import one_line
 from common.metrics import DetectionMetrics
 from common.metrics.baselines import QUANTITIES, AboveHealthyAtlas
 from common.report.benchmark_table import cell
@@ -53,26 +54,23 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 Volume = dict[str, Tensor]  # map (1, H, W, D), brain and lesion (1, H, W, D) bool
 
 
-def main() -> None:
+def main(
+    cohort: Annotated[Path, typer.Argument(help="Cohort CSV.")],
+    method: Annotated[str, typer.Option("-m", "--method", help="Key of a bundle, or of a free baseline.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The JSON.")],
+    maps: Annotated[Path | None, typer.Option(help="Folder of the raw maps.")] = None,
+    as_learned: Annotated[bool, typer.Option("--as-learned", help="No standardisation of tissues.")] = False,
+    first: Annotated[int | None, typer.Option(help="Only so many test subjects of each site.")] = None,
+) -> None:
     """Print a line a variant and site, and write all figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cohort", type=Path)
-    parser.add_argument("-m", "--method", required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--maps", type=Path, help="folder of the raw maps")
-    parser.add_argument("--as-learned", action="store_true", help="without the standardisation of tissues")
-    parser.add_argument("--first", type=int, help="only so many test subjects of each site")
-    arguments = parser.parse_args()
-
-    baseline = arguments.method in QUANTITIES
-    bundle = "dae" if baseline else arguments.method
-    volumes = RawMaps(bundle, arguments.as_learned, arguments.maps, images=baseline)
-    items = read_cohort(arguments.cohort, ["T1"])
+    baseline = method in QUANTITIES
+    volumes = RawMaps("dae" if baseline else method, as_learned, maps, images=baseline)
+    items = read_cohort(cohort, ["T1"])
     healthy = [volumes(item) for item in items if item["split"] == "val" and "lesion" not in item]
-    tested = first_subjects([item for item in items if item["split"] == "test"], arguments.first)
+    tested = first_subjects([item for item in items if item["split"] == "test"], first)
     measured = [(item, volumes(item)) for item in tested]
     if baseline:
-        above = AboveHealthyAtlas(QUANTITIES[arguments.method])
+        above = AboveHealthyAtlas(QUANTITIES[method])
         above.fit([(volume["map"].float(), volume["brain"]) for volume in healthy])
         for volume in (*healthy, *(volume for _, volume in measured)):
             volume["map"] = above(volume["map"].float(), volume["brain"])
@@ -81,10 +79,10 @@ def main() -> None:
     for name, sites in rows.items():
         for site, row in sites.items():
             print(name, site, *(f"{key} {cell(value)}" for key, value in row.items()))
-    about = {"key": arguments.method, "standardised": not arguments.as_learned, "calibrated_on": len(healthy)}
+    about = {"key": method, "standardised": not as_learned, "calibrated_on": len(healthy)}
     about["shipped"] = RAW if baseline or "normalisation" not in volumes.config else STEPS
     about |= {"weights_sha256": None if baseline else volumes.weights_sha256, "seed": 0, "versions": versions()}
-    write_result(about | {"variants": rows}, arguments.output)
+    write_result(about | {"variants": rows}, output)
 
 
 class RawMaps:
@@ -194,4 +192,4 @@ def figures(groups: dict[str, DetectionMetrics]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(one_line(main))

@@ -16,7 +16,7 @@ from monai.bundle import ConfigParser
 import common
 from common import cli
 from common.bundle import BUNDLES_DIR
-from common.errors import ITEMS, SkullStripError, settings_said_as
+from common.errors import ITEMS, BundleError, SkullStripError, one_line, settings_said_as
 
 PACKAGE = Path(common.__file__).parent
 OPTION = re.compile(r"\s--[a-z]")
@@ -86,3 +86,19 @@ def test_no_error_names_an_option(path):
     if path.name in ("cli.py", "errors.py"):
         pytest.skip("where options are named")
     assert [text for text in sentences(path) if OPTION.search(f" {text}") and " " in text] == []
+
+
+def test_one_line_ends_with_the_message_of_a_typed_error_and_lets_others_pass():
+    @one_line
+    def command(error):
+        """What it does."""
+        if error is not None:
+            raise error
+        return 3
+
+    assert (command(None), command.__doc__) == (3, "What it does.")
+    with pytest.raises(SystemExit) as end:
+        command(BundleError("dae", "no weights", "train it"))
+    assert end.value.code == "BundleError: dae: no weights; train it"
+    with pytest.raises(KeyError):
+        command(KeyError("a"))

@@ -222,7 +222,7 @@ def test_evaluate(result, root, unloaded):
 def test_evaluation_that_monai_runs(result, root):
     paths = {"cohort": "cohort/cohort.csv", "result": result, "weights": str(root / "flat" / "w" / "model.pt")}
     with pytest.raises(OutputError):
-        run_inference("dae", ["inference.json", "evaluate.json"], **paths, **{"task::healthy_baselines": None})
+        run_inference("dae", ["inference.json", "evaluate.json"], **paths, **{"task::baselines": False})
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from monai.utils.ordering import Ordering
 from torch import Tensor, nn
 
-from ..detection.method import AnomalyDetector, TrainingObjective
+from ..detection.method import AnomalyDetector
 from ..errors import ImageShapeError
 from ..networks.cached_transformer import TokenReader, lean_transformer
-from ..networks.latent_space import LatentSpace, latents
+from ..networks.latent_space import LatentSpace
 from .latent_ddpm import masked_residual
+from .latent_objective import LatentObjective
 
 # raster scans: identity or transposed, then rows and columns flipped or not
 ORDERINGS = list(product((False, True), repeat=3))
@@ -159,7 +160,7 @@ def draw(logits: Tensor, generator: torch.Generator) -> int:
     return min(int(torch.searchsorted(cumulative, at, right=True)), len(cumulative) - 1)
 
 
-class ARTransformerObjective(TrainingObjective):
+class ARTransformerObjective(LatentObjective):
     """Mean cross-entropy of the next code, over all orderings.
 
     Args:
@@ -170,14 +171,9 @@ class ARTransformerObjective(TrainingObjective):
         super().__init__()
         self.detector = detector
 
-    def forward(
-        self,
-        images: Tensor | None = None,
-        foreground: Tensor | None = None,
-        posterior: tuple[Tensor, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """Give images, or the cached `posterior` of the latent space."""
-        codes = self.detector.codes(latents(self.detector.latent_space, images, posterior))
+    def losses_of(self, mean: Tensor, std: Tensor, foreground: Tensor | None) -> dict[str, Tensor]:
+        """Key `loss`."""
+        codes = self.detector.codes(mean)
         losses = []
         for index in range(len(self.detector.transformers)):
             sequence, _ = self.detector.sequence(codes, index)

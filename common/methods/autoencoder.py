@@ -9,6 +9,12 @@ from ..detection.method import TrainingObjective
 from ..networks.latent_space import LatentSpace
 
 
+def random_gain(images: Tensor, max_gain: float) -> Tensor:
+    """Images (B, C, H, W) times a random factor each in [1 - max_gain, 1 + max_gain], clamped to [0, 1]."""
+    gain = 1 + max_gain * (2 * torch.rand(len(images), 1, 1, 1, device=images.device) - 1)
+    return (images * gain).clamp(0, 1)
+
+
 class AutoencoderObjective(TrainingObjective):
     """L1 + L2 reconstruction and a KL term, on images in [-1, 1].
 
@@ -33,10 +39,7 @@ class AutoencoderObjective(TrainingObjective):
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
         """Keys `loss`, `l1`, `l2` and `kl`; the random gain is on in training mode only."""
-        if self.training:
-            gain = 1 + self.max_gain * (2 * torch.rand(len(images), 1, 1, 1, device=images.device) - 1)
-            images = (images * gain).clamp(0, 1)
-        target = images * 2 - 1
+        target = (random_gain(images, self.max_gain) if self.training else images) * 2 - 1
         reconstruction, mean, std = self.autoencoder(target)
         difference = reconstruction - target
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).sum() / target.numel()

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from ..detection.method import AnomalyDetector, TrainingObjective, median
 from ..diffusion.bernoulli import BernoulliScheduler
 from ..errors import SettingError
-from ..networks.latent_space import LatentSpace, latents
+from ..networks.latent_space import LatentSpace
 from ..networks.pixel_unshuffle_unet import size_divisor
+from .latent_objective import LatentObjective
 
 MEDIAN_SIZE = 5
 
@@ -170,7 +171,7 @@ def uniform_like(reference: Tensor, generators: list[torch.Generator]) -> Tensor
     return u.to(reference.device)
 
 
-class BerDiffObjective(TrainingObjective):
+class BerDiffObjective(LatentObjective):
     """Cross entropy of the flips z_t XOR z0, the mean over all entries, in nats.
 
     Args:
@@ -189,14 +190,9 @@ class BerDiffObjective(TrainingObjective):
             raise SettingError("BerDiffObjective", f"max_t = {max_t} is outside the schedule", f"choose 1 to {T}")
         self.detector = detector
 
-    def forward(
-        self,
-        images: Tensor | None = None,
-        foreground: Tensor | None = None,
-        posterior: tuple[Tensor, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """Give images, or the cached `posterior` of the latent space; bits are drawn anew at every call."""
-        p = latents(self.detector.latent_space, images, posterior)
+    def losses_of(self, mean: Tensor, std: Tensor, foreground: Tensor | None) -> dict[str, Tensor]:
+        """Key `loss`; the mean is P(z = 1), from which bits are drawn anew at every call."""
+        p = mean
         z0 = (torch.rand_like(p) < p).to(p.dtype)
         t = torch.randint(self.max_t, (len(z0),), device=z0.device)
         z_t = self.detector.scheduler.add_noise(z0, torch.rand_like(z0), t)

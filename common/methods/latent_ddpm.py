@@ -29,9 +29,11 @@ from ..detection.method import (
 )
 from ..diffusion.gaussian import GaussianScheduler, evenly_spaced
 from ..errors import BundleError, SettingError
-from ..networks.latent_space import LatentSpace, latents
+from ..networks.latent_space import LatentSpace
 from ..networks.pixel_unshuffle_unet import size_divisor
 from ..networks.vq_autoencoder import codebook_use
+from .autoencoder import random_gain
+from .latent_objective import LatentObjective
 
 Variant = Literal["a", "b", "c", "d"]
 PERCENTILE = 97.5  # of the healthy KL values at a location, from which on it is unlikely
@@ -222,7 +224,7 @@ def masked_residual(image: Tensor, reconstruction: Tensor, mask: Tensor, sigma_p
     return image_difference(image, reconstruction, None) * smoothed(upsampled, sigma_px)
 
 
-class LatentDDPMObjective(TrainingObjective):
+class LatentDDPMObjective(LatentObjective):
     """L_simple: mean of (eps - eps_pred)^2, t uniform (the paper prints a norm that is not squared).
 
     Args:
@@ -233,14 +235,9 @@ class LatentDDPMObjective(TrainingObjective):
         super().__init__()
         self.detector = detector
 
-    def forward(
-        self,
-        images: Tensor | None = None,
-        foreground: Tensor | None = None,
-        posterior: tuple[Tensor, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """Give images, or the cached `posterior` of the latent space."""
-        z0 = latents(self.detector.latent_space, images, posterior)
+    def losses_of(self, mean: Tensor, std: Tensor, foreground: Tensor | None) -> dict[str, Tensor]:
+        """Key `loss`."""
+        z0 = mean
         t = torch.randint(self.detector.scheduler.num_train_timesteps, (len(z0),), device=z0.device)
         eps = torch.randn_like(z0)
         return {"loss": F.mse_loss(self.detector.unet(self.detector.scheduler.add_noise(z0, eps, t), t).float(), eps)}
@@ -265,10 +262,7 @@ class VQVAEObjective(TrainingObjective):
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
         """Keys `loss`, `l1`, `commitment`, and of the codebook `codes_used` and `perplexity` in this batch."""
-        if self.training:
-            gain = 1 + self.max_gain * (2 * torch.rand(len(images), 1, 1, 1, device=images.device) - 1)
-            images = (images * gain).clamp(0, 1)
-        target = images * 2 - 1
+        target = (random_gain(images, self.max_gain) if self.training else images) * 2 - 1
         reconstruction, commitment, codes = self.autoencoder(target)
         l1 = (reconstruction - target).abs().mean()
         used, perplexity = codebook_use(codes, self.autoencoder.num_embeddings)

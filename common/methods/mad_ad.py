@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..detection.method import AnomalyDetector, TrainingObjective, foreground_of, image_difference, noise_like, smoothed
+from ..detection.method import AnomalyDetector, image_difference, noise_like, smoothed
 from ..diffusion.masked_ddim import MaskedDDIMScheduler
 from ..networks.latent_space import LatentSpace
 from ..networks.masked_unet import MaskedDiffusionUNet
+from .latent_objective import LatentObjective
 
 MapKind = Literal["image", "input", "latent", "mask"]
 PATCH_SIZES, PATCH_PROBABILITIES = (1, 2, 4, 8), (0.2, 0.3, 0.3, 0.2)
@@ -91,7 +92,7 @@ class MADAD(AnomalyDetector):
         return z_t, mask_mean
 
 
-class MADADObjective(TrainingObjective):
+class MADADObjective(LatentObjective):
     """Mean squared error of z0 over all cells + mask_weight * loss of the mask head.
 
     The noised share of the patches is uniform in [0, 0.4] for each sample; the sides of the patches are drawn once per
@@ -120,20 +121,10 @@ class MADADObjective(TrainingObjective):
         self.brain_block = brain_block
         self.min_brain_share = min_brain_share
 
-    def forward(
-        self,
-        images: Tensor | None = None,
-        foreground: Tensor | None = None,
-        posterior: tuple[Tensor, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
-        """Give images, or the cached `posterior` of the latent space with the foreground of the images."""
-        if images is not None:
-            with torch.no_grad():
-                posterior = self.detector.latent_space.posterior(images)
-            foreground = foreground_of(images) if foreground is None else foreground
-        if posterior is None or foreground is None:
+    def losses_of(self, mean: Tensor, std: Tensor, foreground: Tensor | None) -> dict[str, Tensor]:
+        """Keys `loss`, `z0_loss` and `mask_loss`."""
+        if foreground is None:
             raise ValueError("give images, or a posterior with its foreground")
-        mean, std = posterior
         z0 = mean + std * torch.randn_like(std)
         mask = self.random_mask(z0) * self.allowed_cells(foreground)
         t = torch.randint(self.detector.scheduler.num_train_timesteps, (len(z0),), device=z0.device)

@@ -58,11 +58,13 @@ class LatentSpace(Recorded, nn.Module):
             self.shift.copy_(values.mean(dim=1)[:, None, None])
 
 
-def latents(space: LatentSpace, images: Tensor | None, posterior: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The posterior's mean (B, C_z, h, w), without gradient, of images or from the cache of `LatentDataset`."""
+def posterior_of(
+    space: LatentSpace, images: Tensor | None, posterior: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Scaled mean and standard deviation, each (B, C_z, h, w), without gradient: of images, or the cached ones."""
     if posterior is not None:
-        return posterior[0]
+        return posterior
     if images is None:
         raise ValueError("give images, or a posterior")
     with torch.no_grad():
-        return space.posterior(images)[0]
+        return space.posterior(images)

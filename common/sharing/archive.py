@@ -46,6 +46,13 @@ def write_new(path: Path, content: bytes) -> Path:
     return path
 
 
+def write_folder(files: Files, folder: Path) -> Path:
+    """Write `files` as a new folder and return it. Raises OutputError."""
+    with _writing(folder), _whole_folder(folder) as partial:
+        _write_files(files, partial)
+    return folder
+
+
 def import_bundle(path: Path, bundles: Path) -> str:
     """Unpack an exported bundle, zip or folder, into `bundles` and return its key.
 

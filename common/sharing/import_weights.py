@@ -10,21 +10,64 @@ import contextlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
+from zipfile import is_zipfile
 
 import torch
+import typer
+from monai.bundle import ConfigParser
 from monai.networks.blocks import SpatialAttentionBlock
 from monai.networks.blocks.selfattention import SABlock
 from monai.networks.blocks.transformerblock import TransformerBlock
 from monai.networks.nets import DecoderOnlyTransformer
 from torch import Tensor, nn
 
-from ..errors import UADError
+from ..errors import OutputError, UADError
+from ..files import replacing
+from ..outputs import Inputs, check_file
 
 StateDict = dict[str, Tensor]
 
 
 class WeightsImportError(UADError, ValueError):
     """The old weights cannot be read, or do not fit the network."""
+
+
+def import_weights(
+    weights: Annotated[Path, typer.Argument(help="Old .pt file: a state dict, bare or under 'model' or 'state_dict'.")],
+    config: Annotated[Path, typer.Option(help="Config of a bundle that has the network.")],
+    network: Annotated[str, typer.Option(help="Id of the network in the config, such as unet.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File for the converted weights.")],
+) -> None:
+    """Convert weights that were trained with monai-generative for a network of a bundle: its state dict alone."""
+    Inputs([weights, config]).check([output])
+    check_file(output, is_zipfile(output), "a file of weights")
+    checkpoint = read_checkpoint(weights)
+    built = build_network(config, network)
+    load_generative_weights(built, checkpoint)
+    try:
+        with replacing(output) as temporary:
+            torch.save(built.state_dict(), temporary)
+    except OSError as error:
+        raise OutputError(output, f"cannot be written ({error.strerror or error})", "choose another place") from error
+
+
+def build_network(config: Path, network_id: str) -> nn.Module:
+    """The network that a bundle's config has under `network_id`; nothing else of the config is built.
+
+    Raises:
+        WeightsImportError: the config cannot be read, or has no network there.
+    """
+    parser = ConfigParser()
+    try:
+        parser.read_config(str(config))
+        network = parser.get_parsed_content(network_id)
+    except Exception as error:  # a config names arbitrary classes, so building one can raise anything
+        fact = f"cannot build {network_id!r} ({type(error).__name__}: {error})"
+        raise WeightsImportError(config, fact, "correct the config or the id") from error
+    if not isinstance(network, nn.Module):
+        raise WeightsImportError(config, f"{network_id!r} is no network", "name the id of a torch module")
+    return network
 
 
 def read_checkpoint(path: str | Path) -> object:

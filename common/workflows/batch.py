@@ -229,3 +229,17 @@ def detect_cases(
                 table.add_error(case, error, time.perf_counter() - started)
     print(f"{len(mine) - failed} of {len(mine)} cases done: {table.path}")
     return failed
+
+
+def chosen_part(text: str | None) -> tuple[int, int]:
+    """(i, n) of `--part i/n`, else of the array job that SLURM runs this in, else (1, 1)."""
+    if text is not None:
+        number, parts = text.split("/")
+        return int(number), int(parts)
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        return 1, 1
+    task, first, count, step = (
+        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("ID", 0), ("MIN", 0), ("COUNT", 1), ("STEP", 1))
+    )
+    return (task - first) // step + 1, count

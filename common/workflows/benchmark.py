@@ -10,13 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..bundle import BUNDLES_DIR, available_bundles, checked_items, load_workflow, metadata, split_settings
+from ..bundle import BUNDLES_DIR, available_bundles, checked_items, load_workflow, metadata
 from ..cohorts.labelled import check_labelled_cohort
 from ..cohorts.table import cohort_files, cohort_modalities, read_cohort
 from ..detection.fingerprint import Fingerprint
@@ -29,35 +28,18 @@ from ..outputs import Inputs, check_file, is_result
 from ..report.benchmark_table import LESIONS, SUBJECTS, VOXELS, csv_table, markdown_tables
 from ..results.case import versions
 from ..weights import digest
-from .evaluation import BaselineMetrics, labelled_case, write_result
+from .evaluation import (
+    BaselineMetrics,
+    fit_healthy_baselines,
+    healthy_training_subjects,
+    labelled_case,
+    write_result,
+)
+from .variants import Variant
 
 RESULT = "result.json"
 Options = Mapping[str, str | bool]
 LONG = ("curves", "slice_scores", "replicates")  # for pictures and comparisons: in the method's result.json only
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A bundle, and items of its inference.json that are other than shipped.
-
-    The threshold stays the calibrated one, unless an item gives another; the result's `warnings` say where that is not
-    of these settings.
-    """
-
-    bundle: str
-    items: tuple[str, ...] = ()  # ITEM=VALUE
-
-    @classmethod
-    def parse(cls, text: str) -> Variant:
-        """From `BUNDLE[:ITEM=VALUE,...]`. Raises BundleError or SettingError."""
-        bundle, items = split_settings(text)
-        checked_items(bundle, items)
-        return cls(bundle, tuple(items))
-
-    @property
-    def key(self) -> str:
-        """Its name in tables and folders."""
-        return re.sub(r"[^\w.=+-]+", "_", " ".join([self.bundle, *self.items]))
 
 
 class MethodFailedError(Exception):
@@ -217,10 +199,12 @@ def run_baselines(cohort: Path, key: str, identity: Mapping[str, Any]) -> dict[s
         workflow = load_workflow(key, ["inference.json", "evaluate.json"], cohort=str(cohort.resolve()), **override)
         workflow.initialize()
         content, started = workflow.parser.get_parsed_content, time.perf_counter()
-        baselines = BaselineMetrics(metadata(key)["modalities"], content("healthy_baselines"))
+        modalities = metadata(key)["modalities"]
+        healthy = fit_healthy_baselines(healthy_training_subjects(cohort, modalities), content("preprocessing"))
+        baselines = BaselineMetrics(modalities, healthy)
         for item in content("dataset"):
             baselines.update(labelled_case(item))
-    say(f"baselines on {', '.join(metadata(key)['modalities'])}: {time.perf_counter() - started:.0f} s")
+    say(f"baselines on {', '.join(modalities)}: {time.perf_counter() - started:.0f} s")
     return baselines.compute(identity["seed"])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..detection.volume import VolumeDetector
-from ..errors import UADError
+from ..errors import UADError, one_line
 from ..images.check import root_cause, typed_errors
 from ..recorded import Recorded
 from ..transforms.postprocess import Postprocessing
@@ -114,10 +114,7 @@ def run_or_exit(evaluator: DetectionEvaluator) -> None:
 
     For the `run` of a config: there MONAI would wrap any exception in RuntimeErrors, but lets SystemExit pass.
     """
-    try:
-        evaluator.run()
-    except UADError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    one_line(evaluator.run)()
 
 
 def one_line_errors() -> None:

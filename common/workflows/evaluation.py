@@ -18,7 +18,7 @@ from monai.transforms import Orientation
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..bundle import bundle_root
+from ..cohorts.table import read_cohort
 from ..detection.fingerprint import Fingerprint
 from ..detection.method import foreground_of
 from ..detection.volume import volume_mean
@@ -136,16 +136,20 @@ class Evaluate:
 
     Args:
         result: path of the JSON.
-        healthy_baselines: fitted on healthy training subjects, or None.
-        baselines: whether to measure them.
+        modalities: of the images, for the baselines.
+        cohort: CSV, on whose healthy training subjects some baselines are fitted; without one these are left out.
+        baselines: whether to measure any.
     """
 
     evaluator: DetectionEvaluator
     run_time: RunTime
 
-    def __init__(self, result: str, healthy_baselines: HealthyBaselines | None = None, baselines: bool = True) -> None:
+    def __init__(
+        self, result: str, modalities: Sequence[str] = (), cohort: str | None = None, baselines: bool = True
+    ) -> None:
         self.result = Path(result)
-        self.healthy_baselines = healthy_baselines
+        self.modalities = modalities
+        self.cohort = cohort
         self.with_baselines = baselines
         self.threshold = float("nan")
         self.metrics = DetectionMetrics()
@@ -156,11 +160,8 @@ class Evaluate:
         """Add the handler to an evaluator of a labelled cohort, which knows network, weights and settings."""
         self.evaluator = evaluator
         self.run_time = RunTime(evaluator.network.axis)
-        if self.with_baselines:
-            about = Path(bundle_root(evaluator.bundle)) / "configs" / "metadata.json"
-            modalities = json.loads(about.read_text(encoding="utf-8"))["modalities"]
-            self.baselines = BaselineMetrics(modalities, self.healthy_baselines)
         evaluator.add_event_handler(Events.STARTED, self.check)
+        evaluator.add_event_handler(Events.STARTED, self.fit_baselines)
         self.run_time.attach(evaluator)
         evaluator.add_event_handler(Events.ITERATION_COMPLETED, self)
         evaluator.add_event_handler(Events.COMPLETED, self.finish)
@@ -169,6 +170,13 @@ class Evaluate:
         """Before the first subject: no result is written over an input. Raises OutputError."""
         data = getattr(getattr(engine.state.dataloader, "dataset", None), "data", ())
         check_result(self.result, [*input_files(data), self.evaluator.weights], "bundle", "weights_sha256")
+
+    def fit_baselines(self, engine: Engine) -> None:
+        """Before the first subject. Raises CohortError, or what the preprocessing raises."""
+        if self.with_baselines:
+            prepare: Any = self.evaluator.preprocessing
+            healthy = [] if self.cohort is None else healthy_training_subjects(self.cohort, self.modalities)
+            self.baselines = BaselineMetrics(self.modalities, fit_healthy_baselines(healthy, prepare))
 
     def __call__(self, engine: Engine) -> None:
         """Add the subjects of the batch."""
@@ -237,6 +245,11 @@ def _oriented(volume: MetaTensor) -> MetaTensor:
 
 def _ras(volume: MetaTensor) -> Tensor:
     return _oriented(cast(MetaTensor, volume.to(torch.float32))).as_tensor().cpu()
+
+
+def healthy_training_subjects(cohort: str | Path, modalities: Sequence[str]) -> list[dict[str, Any]]:
+    """A datalist of the subjects that baselines may see, empty where the cohort has none. Raises CohortError."""
+    return read_cohort(cohort, modalities, "train", healthy=True, allow_empty=True)
 
 
 def fit_healthy_baselines(

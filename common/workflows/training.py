@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from monai.handlers import LrScheduleHandler, StatsHandler, TensorBoardStatsHand
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader
 
 from .distributed import distribute
@@ -94,12 +95,12 @@ class ObjectiveTrainer(SupervisedTrainer):
         optimizer, lr_scheduler: of the objective's parameters.
         inferer: how the objective is called.
         log_dir: folder of the TensorBoard logs.
-        checkpoint_dir: folder of the checkpoints.
         save: handler that writes the weights in the end.
         evaluator: validates every `val_interval` epochs.
         max_norm: that the gradients are clipped to; None for no clipping.
         ema_decay: see `ExponentialMovingAverage`; 0 for the weights themselves.
         train_handlers: further handlers.
+        checkpoint_dir: folder of the checkpoints; by default `checkpoints` in `log_dir`.
     """
 
     def __init__(
@@ -113,13 +114,13 @@ class ObjectiveTrainer(SupervisedTrainer):
         lr_scheduler: LRScheduler,
         inferer: Inferer,
         log_dir: str,
-        checkpoint_dir: str,
         save: Any,
         evaluator: ObjectiveEvaluator,
         val_interval: int = 1,
         max_norm: float | None = 1.0,
         ema_decay: float = 0.999,
         train_handlers: Sequence[Any] = (),
+        checkpoint_dir: str | None = None,
     ) -> None:
         self.average = ExponentialMovingAverage(network, ema_decay)
         evaluator.validate(self.average.module, inferer, device, log_dir)
@@ -141,7 +142,7 @@ class ObjectiveTrainer(SupervisedTrainer):
                 ValidationHandler(val_interval, evaluator),
                 EpochProgress(),
                 TensorBoardStatsHandler(log_dir=log_dir, tag_name="train_loss", output_transform=_loss_of),
-                Checkpoints(checkpoint_dir, state),
+                Checkpoints(checkpoint_dir or str(Path(log_dir) / "checkpoints"), state),
                 save,
                 *train_handlers,
             ],
@@ -155,3 +156,29 @@ def _loss_of(output: dict[str, Any]) -> float:
 
 def _total_loss(losses: dict[str, Tensor], target: None) -> Tensor:
     return losses["loss"]
+
+
+class AdamW(torch.optim.AdamW):
+    """Of the parameters of an objective that are not frozen.
+
+    Args:
+        objective: what is trained.
+        lr: learning rate, the highest of `OneCycle`.
+        weight_decay: a step takes lr times this share off each parameter.
+    """
+
+    def __init__(self, objective: nn.Module, lr: float, weight_decay: float = 0.0001) -> None:
+        super().__init__([p for p in objective.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+
+
+class OneCycle(OneCycleLR):
+    """Up to the learning rate of the optimizer and down to almost 0 (Smith and Topin 2019), the momentum constant.
+
+    Args:
+        optimizer: has one learning rate.
+        steps: of the whole training.
+        pct_start: share of the steps in which the rate rises.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: int, pct_start: float = 0.05) -> None:
+        super().__init__(optimizer, optimizer.defaults["lr"], steps, pct_start=pct_start, cycle_momentum=False)

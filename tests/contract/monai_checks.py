@@ -57,15 +57,16 @@ def check_network(bundle: Path, **size: int) -> None:
 
 def check_inference(bundle: Path) -> None:
     """The items that MONAI's tools look for in an inference workflow are there."""
-    workflow = make_workflow(bundle, "inference.json", "infer")
+    workflow = make_workflow(bundle, ["inference.json"], "infer")
     missing = workflow.check_properties()
     assert not missing, missing
 
 
 def check_training(bundle: Path, cohort: Path, runs: Path) -> None:
     """Each stage has the items of a training workflow and trains; the last one's weights fit the inference network."""
-    stages = [*sorted(path.name for path in (bundle / "configs").glob("train_*.json")), "train.json"]
-    for stage in stages:
+    overlays = [[path.name] for path in sorted((bundle / "configs").glob("train_*.json"))]
+    for overlay in [*overlays, []]:
+        stage = ["train.json", *overlay]
         workflow = make_workflow(
             bundle,
             stage,
@@ -88,10 +89,10 @@ def check_training(bundle: Path, cohort: Path, runs: Path) -> None:
     assert all(value.isfinite().all() for value in network.detector.state_dict().values() if value.is_floating_point())
 
 
-def make_workflow(bundle: Path, config: str, kind: str, **override: object) -> ConfigWorkflow:
-    """An initialised workflow of one config of the bundle."""
+def make_workflow(bundle: Path, configs: list[str], kind: str, **override: object) -> ConfigWorkflow:
+    """An initialised workflow of configs of the bundle, merged in this order."""
     workflow = ConfigWorkflow(
-        config_file=str(bundle / "configs" / config),
+        config_file=[str(bundle / "configs" / config) for config in configs],
         meta_file=str(bundle / "configs" / "metadata.json"),
         logging_file=False,
         workflow_type=kind,

@@ -11,6 +11,8 @@ import pytest
 from monai.bundle import ConfigParser
 from monai.bundle.config_item import ComponentLocator
 
+from common.sharing.new_bundle import json_layout
+
 PACKAGES = ("monai.", "torch.", "common.")
 IMPORT = "$import torch"
 PURE = {"bool", "dict", "float", "int", "len", "list", "max", "min", "range", "round", "str", "sum", "tuple"}
@@ -183,35 +185,17 @@ def test_what_is_initialised_is_of_no_module_of_the_bundle(configs):
         assert '"common.' not in json.dumps(config.get("initialize", [])), name
 
 
-def test_every_stage_is_trained_by_the_common_engines(configs):
-    for name, config in configs.items():
-        if name.startswith("train"):
-            assert config["train"]["trainer"]["_target_"] == TRAINER, name
-            assert config["train"]["trainer"]["evaluator"] == "@validate::evaluator", name
-            assert config["validate"]["evaluator"]["_target_"] == EVALUATOR, name
-
-
-def layout(value, indent=0, lead=0):
-    """What fits in 120 columns is one line; else an item is, which short ones (at the top: plain values) share."""
-    flat = json.dumps(value, ensure_ascii=False)
-    if not value or not isinstance(value, (dict, list)) or (indent and indent + lead + len(flat) < 120):
-        return flat
-    lines, shared = [], False
-    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        name = f"{json.dumps(key)}: " if isinstance(value, dict) else ""
-        text = f"{name}{layout(item, indent + 4, len(name))},"
-        plain = not isinstance(item, (dict, list)) and str(item)[:1] not in "$@"
-        short = len(json.dumps(item)) <= 40 if indent else plain
-        if short and shared and len(f"{lines[-1]} {text}") <= 120:
-            lines[-1] += f" {text}"
-        else:
-            lines.append(" " * (indent + 4) + text)
-        shared = short
-    first, *_, last = json.dumps(type(value)())
-    return "\n".join([first, *lines])[:-1] + "\n" + " " * indent + last
+def test_every_stage_is_trained_by_the_common_engines(configs, bundle):
+    stages = [name for name in configs if name.startswith("train_")]
+    for name in [*stages, "train.json"]:
+        config = ConfigParser()
+        config.read_config([f"{bundle}/configs/train.json", f"{bundle}/configs/{name}"])
+        assert config["train"]["trainer"]["_target_"] == TRAINER, name
+        assert config["train"]["trainer"]["evaluator"] == "@validate::evaluator", name
+        assert config["validate"]["evaluator"]["_target_"] == EVALUATOR, name
 
 
 def test_every_json_has_one_layout(bundle):
     for path in (bundle / "configs").glob("*.json"):
         text = path.read_text(encoding="utf-8")
-        assert text == layout(json.loads(text)) + "\n", path.name
+        assert text == json_layout(json.loads(text)) + "\n", path.name

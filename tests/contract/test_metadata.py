@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 
 import pytest
@@ -9,6 +10,10 @@ import pytest
 
 def test_name_is_the_folder(metadata, bundle):
     assert metadata["name"] == bundle.name
+
+
+def test_metadata_are_finished(metadata):
+    assert "TODO" not in json.dumps(metadata)
 
 
 def test_version_is_in_the_changelog(metadata):

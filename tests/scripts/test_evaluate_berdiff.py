@@ -71,7 +71,7 @@ def evaluate(small, brats2020):
     del sys.modules[spec.name]
 
 
-def test_result_table_and_picture(brats2020, small, evaluate, tmp_path, capsys):
+def test_result_and_table(brats2020, small, evaluate, tmp_path, capsys):
     result = evaluate(tmp_path / "result.json", split="test", thresholds=[0.0, 0.5], steps=[2, 0], walks=[1, 2])
     items = read_cohort(brats2020[1] / "cohort.csv", MODALITIES, "test")
     lesions = [nib.load(item["lesion"]).get_fdata() for item in items]
@@ -91,7 +91,6 @@ def test_result_table_and_picture(brats2020, small, evaluate, tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 2 + 8 + 1
     assert len({row.count("|") for row in rows}) == 1
-    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_slices_are_drawn_and_detected_with_the_seed(evaluate, tmp_path):

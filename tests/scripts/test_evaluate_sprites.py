@@ -10,9 +10,9 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from common.errors import SettingError
 from common.methods.ae import AE
 from common.weights import save_weights, sha256
+from common.workflows.variants import Variant
 
 CONFIG = {
     "weights": "none.pt",
@@ -133,7 +133,7 @@ def test_slices_sprites_and_places_belong_together(script, cohort):
 
 def test_method_gets_each_slice_with_the_seed_of_its_place(script, config, cohort, monkeypatch):
     seen = []
-    row = script.Row.parse(f"{config}:weights={config.with_name('model.pt')},network_def::seed=2")
+    row = Variant.parse(f"{config}:weights={config.with_name('model.pt')},network_def::seed=2")
     detector = ConfigParser(CONFIG).get_parsed_content("network_def").detector
     detect = type(detector).detect
 
@@ -145,25 +145,3 @@ def test_method_gets_each_slice_with_the_seed_of_its_place(script, config, cohor
     script.measure(row, [cohort], torch.device("cpu"), batch_size=4)
     assert [len(seeds) for seeds in seen] == [4, 2]
     assert (torch.cat(seen) - 2 * 1_000_003).tolist() == [0, 1, 2, 0, 1, 2]
-
-
-def test_rows(script, config):
-    row = script.Row.parse(f"{config}:variant=c,steps=20,known=null,sigma=2.5,range=x")
-    assert row.items == {"variant": "c", "steps": 20, "known": None, "sigma": 2.5, "range": "x"}
-    assert row.name == "method variant=c steps=20 known=None sigma=2.5 range=x"
-    assert script.Row.parse("dae").name == "dae"
-    assert script.Row.parse(f"{config}:median_size=5").parser()["median_size"] == 5
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("nothing", "neither a bundle"), ("dae:variant", "is not ITEM=VALUE"), ("a.json", "neither a bundle")],
-)
-def test_bad_rows_are_refused(script, text, message):
-    with pytest.raises(SettingError, match=message):
-        script.Row.parse(text)
-
-
-def test_item_that_is_not_in_the_config_is_refused(script, config):
-    with pytest.raises(SettingError, match="variannt: the bundle's configs have no such item"):
-        script.Row.parse(f"{config}:variannt=c").parser()

@@ -6,10 +6,11 @@ import json
 
 import numpy as np
 import pytest
-import typer
 
 from common.bundle import BUNDLES_DIR
+from common.errors import SettingError
 from common.weights import sha256
+from common.workflows.variants import Variant
 
 
 @pytest.fixture
@@ -30,10 +31,10 @@ def test_table_and_json(run_script, tmp_path):
 
 
 def test_maps_that_differ_are_told(script):
-    row, maps = script.Row.parse("ae_headct"), np.zeros((2, 1, 4, 4))
+    row, maps = Variant.parse("ae_headct"), np.zeros((2, 1, 4, 4))
     assert script.compared(row, ({}, maps), ({}, maps + 0.5))["largest_difference"] == 0.5
 
 
 def test_bad_row_is_refused(script, tmp_path):
-    with pytest.raises(typer.BadParameter, match="no such item"):
+    with pytest.raises(SettingError, match="no such item"):
         script.main(["ae_headct:variannt=1"], tmp_path / "result.json")

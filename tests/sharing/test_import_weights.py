@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import runpy
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,13 @@ import pytest
 import torch
 from monai.networks.nets import VQVAE, AutoencoderKL, DecoderOnlyTransformer, DiffusionModelUNet
 from torch import Tensor, nn
+from typer.testing import CliRunner, Result
 
+from common.cli import app
 from common.sharing.import_weights import WeightsImportError, load_generative_weights, read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/generative"
-SCRIPT = ROOT / "scripts/import_generative_weights.py"
 
 UNET = {
     "spatial_dims": 2,
@@ -200,10 +198,8 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "absent.pt")
 
 
-def script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": search_path})
+def convert(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, ["import-weights", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -218,35 +214,35 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_script_converts(tmp_path: Path, config: Path) -> None:
+def test_command_converts(tmp_path: Path, config: Path) -> None:
     reference, old, new = golden("autoencoder"), tmp_path / "old.pt", tmp_path / "new.pt"
     torch.save({"state_dict": reference["state_dict"]}, old)
-    result = script(old, "--config", config, "--network", "autoencoder", "--output", new)
-    assert result.returncode == 0, result.stderr
+    done = convert(old, "--config", config, "--network", "autoencoder", "--output", new)
+    assert (done.exit_code, done.stdout) == (0, f"{new}: the converted weights\n")
     network = build("autoencoder")
     network.load_state_dict(torch.load(new, weights_only=True))
     assert relative_error(network, reference) < 1e-5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["configs", "new.pt", "old.pt"]
 
 
-def test_script_refuses_in_one_line(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_refuses_in_one_line(tmp_path: Path, config: Path) -> None:
     old, new, damaged = tmp_path / "old.pt", tmp_path / "new.pt", tmp_path / "damaged.pt"
     torch.save(golden("autoencoder")["state_dict"], old)
     damaged.write_text("hello")
-    for weights, network, output, fact in [
-        (old, "trap", new, "include_fc=True"),
-        (old, "absent", new, "cannot build 'absent'"),
-        (old, "latent_channels", new, "is no network"),
-        (damaged, "autoencoder", new, "not a file of plain tensors"),
-        (old, "autoencoder", old, "is the file with the old weights"),
-        (old, "autoencoder", tmp_path / "absent" / "new.pt", "cannot be written"),
+    before = old.read_bytes()
+    for weights, network, output, message in [
+        (old, "trap", new, "WeightsImportError: .*include_fc=True"),
+        (old, "absent", new, "WeightsImportError: .*cannot build 'absent'"),
+        (old, "latent_channels", new, "WeightsImportError: .*is no network"),
+        (damaged, "autoencoder", new, "WeightsImportError: .*not a file of plain tensors"),
+        (old, "autoencoder", old, "OutputError: "),
+        (old, "autoencoder", config, "OutputError: "),
+        (old, "autoencoder", damaged, "OutputError: .*not a file of weights"),
+        (old, "autoencoder", damaged / "new.pt", "OutputError: .*cannot be written"),
     ]:
-        arguments = [SCRIPT, weights, "--config", config, "--network", network, "--output", output]
-        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-        with pytest.raises(SystemExit) as exit_info:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        message = str(exit_info.value.code)  # a text: printed on standard error, with exit status 1
-        assert message.startswith("error: ")
-        assert fact in message
-        assert "\n" not in message
+        done = convert(weights, "--config", config, "--network", network, "--output", output)
+        assert done.exit_code == 3, message
+        assert re.match(message, done.stderr)
+        assert len(done.stderr.splitlines()) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["configs", "damaged.pt", "old.pt"]
+    assert old.read_bytes() == before

@@ -43,7 +43,8 @@ SMALL_SLICES = {
 
 def parsed(config, paper):
     parser = ConfigParser()
-    parser.read_config([str(CONFIGS / f"{config}.json"), str(CONFIGS / f"{paper}.json")])
+    stage = ["train", config] if config == "train_autoencoder" else [config]
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in (*stage, paper)])
     parser.update({"bundle_root": "nowhere", "device": "$torch.device('cpu')"})
     return parser.get_parsed_content
 
@@ -86,7 +87,7 @@ def test_each_stage_has_its_own_settings(paper):
 @pytest.mark.parametrize("paper", ["brats2020", "oct2017"])
 def test_learning_rate_is_constant_and_of_adam(paper):
     parser = ConfigParser()
-    parser.read_config([str(CONFIGS / "train_autoencoder.json"), str(CONFIGS / f"{paper}.json")])
+    parser.read_config([str(CONFIGS / f"{name}.json") for name in ("train", "train_autoencoder", paper)])
     parser.update({"bundle_root": "nowhere"} | {k: v for k, v in SMALL.items() if k.startswith("autoencoder")})
     schedule = parser.get_parsed_content("lr_scheduler")
     assert type(schedule.optimizer) is torch.optim.Adam
@@ -112,7 +113,7 @@ def test_all_workflows_run_on_the_papers_data(paper, request, tmp_path, monkeypa
         settings = SMALL | SMALL_SLICES[paper] | {"bundle_root": str(tmp_path), "output_dir": str(tmp_path / "out")}
         run_bundle(config_file=files, **(settings | override))
 
-    run("train_autoencoder", dataset_dir=str(cohort), **STEPS)
+    run("train", "train_autoencoder", dataset_dir=str(cohort), **STEPS)
     run("train", dataset_dir=str(cohort), **STEPS)
     assert (tmp_path / "out" / "model.pt").is_file()
     weights = {"weights": str(tmp_path / "out" / "model.pt")}

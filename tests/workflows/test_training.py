@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.workflows.slices import SliceDataset, in_order, shuffled
-from common.workflows.training import Bfloat16Inferer, ObjectiveEvaluator, ObjectiveTrainer
+from common.workflows.training import AdamW, Bfloat16Inferer, ObjectiveEvaluator, ObjectiveTrainer, OneCycle
 
 DEVICE = torch.device("cpu")
 
@@ -51,7 +51,6 @@ def make(folder, epochs=2, inferer=None, monitor=(), **settings):
         lr_scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
         inferer=inferer or SimpleInferer(),
         log_dir=str(folder),
-        checkpoint_dir=str(folder / "checkpoints"),
         save=SimpleNamespace(attach=lambda engine: None),
         evaluator=evaluator,
         **settings,
@@ -106,6 +105,34 @@ def test_the_average_is_validated_every_few_epochs(tmp_path, interval):
     assert seen[-1][1] == pytest.approx({"val_loss": difference**2, "signed": difference}, rel=1e-3)
     assert difference != pytest.approx(trainer.network.number.item() - 0.5, rel=1e-3)
     assert logged(tmp_path)["val_loss"] == pytest.approx([metrics["val_loss"] for _, metrics in seen])
+
+
+def test_checkpoints_are_beside_the_logs(tmp_path):
+    make(tmp_path, epochs=2)[0].run()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint_epoch=2.pt"]
+
+
+def test_what_is_frozen_is_not_optimised():
+    objective = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 3))
+    (group,) = AdamW(objective, lr=0.5).param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in objective[1].parameters()]
+    assert (group["lr"], group["weight_decay"]) == (0.5, 0.0001)
+
+
+def test_one_cycle_rises_to_the_learning_rate_and_ends_near_0():
+    optimizer = AdamW(nn.Linear(2, 2), lr=0.3)
+    schedule = OneCycle(optimizer, steps=100)
+    rates, betas = [], []
+    for _ in range(100):
+        rates.append(schedule.get_last_lr()[0])
+        betas.append(optimizer.param_groups[0]["betas"])
+        optimizer.step()
+        if len(rates) < 100:
+            schedule.step()
+    assert max(rates) == rates[4] == pytest.approx(0.3)  # after 5 % of the steps
+    assert rates[0] == pytest.approx(0.3 / 25)
+    assert rates[-1] < 1e-5
+    assert len(set(betas)) == 1
 
 
 def test_the_best_epoch_is_that_of_the_lowest_loss(tmp_path):
