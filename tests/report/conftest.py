@@ -97,7 +97,7 @@ def cohort_folder(make_case, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def benchmark_folder(tmp_path_factory):
-    """A method that sees lesions, one that does not, and a baseline; of six subjects."""
+    """A method that sees lesions, also by a score of its own, one that does not, and a baseline; of six subjects."""
     out = tmp_path_factory.mktemp("benchmark")
     results = {}
     for key, contrast, kind in (("seer", 2.0, "method"), (MARKUP, 0.0, "method"), ("intensity_T1", 0.5, "baseline")):
@@ -107,7 +107,9 @@ def benchmark_folder(tmp_path_factory):
             lesion[2:5, 2:5, 2:5] = subject < 4
             values = rng.random((8, 8, 8)) + contrast * lesion
             site, threshold = ("north", "south")[subject % 2], None if kind == "baseline" else 0.9
-            metrics.update(str(subject), values, lesion, brain, threshold=threshold, site=site)
+            own = {"method_slice_scores": lesion.any((0, 1)) * 1.0, "method_score": float(subject < 4)}
+            own = own if key == "seer" else {}
+            metrics.update(str(subject), values, lesion, brain, threshold=threshold, site=site, **own)
         results[key] = metrics.compute(n_bootstrap=50) | {"key": key, "kind": kind}
         if kind == "method":
             time = {"seconds_per_volume": 2.0, "network_seconds_per_slice": 0.01, "slices_per_volume": 8.0}

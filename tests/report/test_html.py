@@ -19,6 +19,7 @@ from common.detection.calibration import origin_in_words
 from common.detection.reliability import verdict
 from common.errors import ResultError, UADError
 from common.report import viewer
+from common.report.benchmark_table import cell
 from common.report.html import write_report
 from common.report.viewer import MAX_VOXELS, encode, niivue, shrink
 from common.results.read import CaseFiles, read_lesions
@@ -264,6 +265,22 @@ def test_benchmark_has_tables_and_plots(benchmark_folder):
     assert not [a for tag, a in page.elements if tag == "img"]
     assert_asks_for_nothing(page)
     assert len(page.source) < 500_000
+
+
+def test_scores_of_a_method_stand_beside_those_of_its_map(benchmark_folder):
+    """In the table for people, with a dash where a method has no score of its own, and in the one to compute with."""
+    table = json.loads((benchmark_folder / "benchmark.json").read_text(encoding="utf-8"))
+    lines = (benchmark_folder / "benchmark.md").read_text(encoding="utf-8").splitlines()
+    header = next(line for line in lines if "slice AUROC, method's score" in line).split(" | ")
+    numbers = (benchmark_folder / "benchmark.csv").read_text(encoding="utf-8").splitlines()
+    for method in table["methods"]:
+        (row,) = [line.split(" | ") for line in lines[lines.index(" | ".join(header)) :][:6] if method["key"] in line]
+        for title, name in (("slice AUROC", "image_auroc"), ("volume AUROC", "volume_auroc")):
+            assert row[header.index(title)] == cell(method[name])
+            own = row[header.index(f"{title}, method's score")]
+            assert own == ("1.000 (1.000-1.000)" if method["key"] == "seer" else "-")
+            value = "1.0,1.0,1.0" if method["key"] == "seer" else ",,"
+            assert any(line.endswith(f",{name}_method,{value}") and method["key"] in line for line in numbers)
 
 
 def test_same_result_same_bytes(case_page, benchmark_folder):
