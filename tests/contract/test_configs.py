@@ -161,15 +161,16 @@ def test_papers_prepare_the_images_in_their_own_way(bundle):
 PAPERS = ("paper*.json", "brats2020.json", "oct2017.json")
 
 
-def test_papers_say_how_they_are_trained(bundle):
-    """Average, clipping and precision are the paper's own; what is named is what the trainer is made with."""
+def test_papers_train_as_they_say(bundle):
+    """Where a paper's config names average, clipping and precision, every stage is trained with these."""
     for path in (path for name in PAPERS for path in (bundle / "configs").glob(name)):
         paper = json.loads(path.read_text(encoding="utf-8"))
         for stage in (bundle / "configs").glob("train*.json"):
             parser = ConfigParser()
             parser.read_config([stage, path])
             for item, name in (("trainer", "ema_decay"), ("trainer", "max_norm"), ("inferer", "bfloat16")):
-                assert name in paper, path.name
+                if name not in paper:
+                    continue
                 given = parser["train"][item]["enabled" if name == "bfloat16" else name]
                 assert parser.get_parsed_content(given[1:]) == paper[name], (stage.name, path.name)
 
