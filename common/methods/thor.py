@@ -201,7 +201,8 @@ class THOR(DDPM):
             return (c / (c.amax(dim=(1, 2, 3), keepdim=True) + EPS)).clamp(0, 1)
         if self.threshold[t] == 0:
             fact = f"not calibrated for THOR at index {t}"
-            raise BundleError("weights", fact, "calibrate them for these settings (uad calibrate), or set scale=image")
+            advice = "calibrate them with these settings on healthy subjects"
+            raise BundleError("weights", fact, advice, items="scale=image")
         return c / self.threshold[t].to(c)
 
     def mask(self, scaled: Tensor) -> Tensor:

@@ -346,7 +346,7 @@ def test_weights_of_ddpm_are_read_and_ask_for_a_calibration(tmp_path):
     save_weights({**ddpm.state_dict()}, tmp_path / "ddpm.pt")
     load_into(detector, tmp_path / "ddpm.pt")
     detector.eval()
-    with pytest.raises(BundleError, match=r"not calibrated for THOR at index 30; .*uad calibrate") as caught:
+    with pytest.raises(BundleError, match=r"at index 30; calibrate them .*, or give --scale=image") as caught:
         detector.detect(slices())
     assert "\n" not in str(caught.value)
     published = tiny(scale="image")
