@@ -9,12 +9,13 @@ from scipy import ndimage
 from torch import nn
 from torch.nn.functional import avg_pool2d
 
+from common.bundle import BUNDLES_DIR, run_inference
 from common.diffusion.simplex import SimplexNoise
 from common.errors import BundleError, SettingError
 from common.methods.auto_ddpm import SSIMMap
 from common.methods.ddpm import DDPM, gaussian_noise
 from common.methods.thor import THOR, THORObjective, Walk, harmonic_mean
-from common.weights import load_into, save_weights
+from common.weights import load_into, load_weights, save_weights
 
 FAST = {"level": 30, "num_inference_steps": 4, "window": 5}
 
@@ -367,3 +368,16 @@ def test_training_is_that_of_ddpm():
     objective = THORObjective(tiny(perceptual=None))
     objective(slices(), slices() > 0)["loss"].backward()
     assert all(p.grad is not None for p in objective.parameters())
+
+
+def test_calibration_makes_its_weights_of_those_of_ddpm(cohort, tmp_path):
+    """The command of the model card, with two steps and one seed, on the ten slices of a thin brain."""
+    settings = {"num_inference_steps": 2, "num_seeds": 1, "preprocessing::brain_volume_ml": [1, 2300]}
+    ddpm, output = BUNDLES_DIR / "ddpm" / "models" / "model.pt", tmp_path / "model.pt"
+    paths = {"cohort": str(cohort), "weights": str(ddpm), "task::output": str(output), "device": torch.device("cpu")}
+    run_inference("thor", ["inference.json", "calibrate.json"], **paths, **settings)
+    before, after = load_weights(ddpm), load_weights(output)
+    assert after.keys() - before.keys() == {"detector.threshold"}
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("detector."))
+    assert after["detector.threshold"].nonzero().flatten().tolist() == [0, 300]
+    assert (after["calibration.threshold"] > 0) & (after["calibration.threshold"] != before["calibration.threshold"])
