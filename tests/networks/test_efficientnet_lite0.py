@@ -11,7 +11,10 @@ import pytest
 import torch
 from arrays import slices
 from monai.networks.nets import EfficientNet
+from typer.testing import CliRunner
 
+from common.cli import app
+from common.cohorts.table import SAMPLE_DIR
 from common.errors import BundleError
 from common.methods.auto_ddpm import AutoDDPM, EfficientNetMap, feature_difference
 from common.networks import efficientnet_lite0 as module
@@ -86,6 +89,18 @@ def test_without_the_extra_a_line_says_what_to_install(monkeypatch):
     ) as e:
         EfficientNetMap()
     assert "\n" not in str(e.value)
+
+
+def test_a_command_that_asks_for_the_extra_says_so_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, PACKAGE, None)
+    chosen = 'perceptual={"_target_": "common.methods.auto_ddpm.EfficientNetMap"}'
+    scan = SAMPLE_DIR / "mni152_lesions_T1.nii.gz"
+    arguments = ["detect", str(scan), "-m", "auto_ddpm", "-o", str(tmp_path / "out"), "--set", chosen]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code != 0
+    assert done.stderr.strip().splitlines() == [done.stderr.strip()]
+    assert f"not installed; {INSTALL}" in done.stderr
+    assert not list(tmp_path.rglob("*.nii.gz"))
 
 
 def test_extra_is_the_version_whose_weights_are_known():
