@@ -370,13 +370,13 @@ def test_training_is_that_of_ddpm():
     assert all(p.grad is not None for p in objective.parameters())
 
 
-def test_calibration_makes_its_weights_of_those_of_ddpm(cohort, tmp_path):
+def test_calibration_makes_its_weights_of_those_of_ano_ddpm(cohort, tmp_path):
     """The command of the model card, with two steps and one seed, on the ten slices of a thin brain."""
     settings = {"num_inference_steps": 2, "num_seeds": 1, "preprocessing::brain_volume_ml": [1, 2300]}
-    ddpm, output = BUNDLES_DIR / "ddpm" / "models" / "model.pt", tmp_path / "model.pt"
-    paths = {"cohort": str(cohort), "weights": str(ddpm), "task::output": str(output), "device": torch.device("cpu")}
+    source, output = BUNDLES_DIR / "ano_ddpm" / "models" / "model.pt", tmp_path / "model.pt"
+    paths = {"cohort": str(cohort), "weights": str(source), "task::output": str(output), "device": torch.device("cpu")}
     run_inference("thor", ["inference.json", "calibrate.json"], **paths, **settings)
-    before, after = load_weights(ddpm), load_weights(output)
+    before, after = load_weights(source), load_weights(output)
     assert after.keys() - before.keys() == {"detector.threshold"}
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("detector."))
     assert after["detector.threshold"].nonzero().flatten().tolist() == [0, 300]
