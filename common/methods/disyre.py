@@ -7,6 +7,7 @@ severities and averages the changes; v1 walks from the most severe to the least.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from ..errors import SettingError
 from ..networks.pixel_unshuffle_unet import size_divisor
 
 INDICES, FIRST_BETA, LAST_BETA = 100, 0.001, 0.2
+LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": partial(F.smooth_l1_loss, beta=0.1)}
 
 
 class DISYRE(AnomalyDetector):
@@ -82,13 +84,17 @@ class DISYREObjective(TrainingObjective):
         corruption: what is done to the slices.
         loss: "l2" as published; "l1"; or "huber", l2 for errors below 0.1 and l1 above, in which faint corruptions
             weigh more beside strong ones.
+
+    Raises SettingError for another loss.
     """
 
     def __init__(self, detector: DISYRE, corruption: Corruption, loss: Literal["l1", "l2", "huber"] = "l2") -> None:
         super().__init__()
         self.detector = detector
         self.corruption = corruption
-        self.loss = loss
+        if loss not in LOSSES:
+            raise SettingError("loss", f"{loss!r} is no loss", f"choose one of {', '.join(LOSSES)}")
+        self.loss = LOSSES[loss]
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
         """Key `loss`; the corruptions are drawn from the global generator."""
@@ -100,9 +106,7 @@ class DISYREObjective(TrainingObjective):
     def restoration_loss(self, corrupted: Tensor, severity: Tensor, clean: Tensor, foreground: Tensor) -> Tensor:
         """The loss of given corruptions: slices (B, C, H, W) twice, severities (B,), foreground (B, 1, H, W) bool."""
         restored = self.detector.restored(corrupted, self.detector.index(severity)) * foreground
-        if self.loss == "huber":
-            return F.smooth_l1_loss(restored, clean, beta=0.1)
-        return F.l1_loss(restored, clean) if self.loss == "l1" else F.mse_loss(restored, clean)
+        return self.loss(restored, clean)
 
 
 def severity_table() -> Tensor:

@@ -6,6 +6,7 @@ from scipy import ndimage
 
 from common.diffusion.corruption import (
     Corruption,
+    _rolled,
     biased,
     blurred,
     class_probability,
@@ -22,7 +23,9 @@ ALWAYS = {"clean_share": 0.0, "cluster_share": 0.0}
 
 @pytest.fixture(scope="module")
 def texture():
-    return {key: value.float()[None] if value.ndim == 3 else value for key, value in golden("disyre/foreign_patch").items()}
+    return {
+        key: value.float()[None] if value.ndim == 3 else value for key, value in golden("disyre/foreign_patch").items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def bias():
     return {key: value[None] if value.ndim == 3 else value for key, value in golden("disyre/intensity_bias").items()}
 
 
-def brains(batch=16, size=96):
+def brains(batch=16, size=32):
     """Smooth ellipses of 0.2 to 0.8, (batch, 1, size, size), and where they are."""
     torch.manual_seed(5)
     i = torch.linspace(-1, 1, size)
@@ -126,60 +129,58 @@ def test_nothing_changes_outside_of_the_foreground_or_leaves_the_range():
 
 
 def test_clean_slices_have_severity_0_and_are_as_many_as_asked_for():
-    images, _, corrupted, severity = drawn(batch=400, clean_share=0.15)
+    images, _, corrupted, severity = drawn(batch=300, clean_share=0.15)
     clean = (corrupted == images).flatten(1).all(dim=1)
     assert (severity[clean] < 1e-3).all()
     assert (severity[~clean] > 0).all()
-    assert 0.1 < clean.float().mean().item() < 0.2
+    assert 0.09 < clean.float().mean().item() < 0.21
     images, _, corrupted, severity = drawn(batch=50, clean_share=1.0)
     assert torch.equal(corrupted, images)
     assert (severity == 0).all()
 
 
-def test_severity_is_at_least_the_largest_change():
-    images, _, corrupted, severity = drawn(batch=200)
+def test_severity_of_a_bias_is_the_largest_change():
+    images, _, corrupted, severity = drawn(batch=100, texture_amount=(1e-4, 1e-4))
     change = (corrupted - images).abs().amax(dim=(1, 2, 3))
-    assert (change > 0.01).float().mean() > 0.7
-    only_bias = drawn(batch=200, texture_amount=(1e-6, 1e-6))
-    change = (only_bias[2] - only_bias[0]).abs().amax(dim=(1, 2, 3))
-    torch.testing.assert_close(only_bias[3], change, atol=1e-4, rtol=0)
+    assert (change > 0.01).float().mean() > 0.4
+    torch.testing.assert_close(severity, change, atol=2e-4, rtol=0)
 
 
 def test_small_soft_shapes_do_not_claim_a_severity_that_they_lack():
-    images, foreground, corrupted, severity = drawn(
-        batch=100, **ALWAYS, size=(3.0, 3.0), max_blur=2.0, texture_amount=(1.0, 1.0), bias_amount=(1e-6, 1e-6)
-    )
+    amounts = {"texture_amount": (1.0, 1.0), "bias_amount": (1e-4, 1e-4)}
+    *_, severity = drawn(batch=100, **ALWAYS, size=(3.0, 3.0), max_blur=2.0, **amounts)
     texture = severity > 1e-3
     assert severity[texture].min() < 0.5
     assert severity[texture].max() > 0.99
 
 
-def test_areas_of_the_shapes():
-    """Log-uniform diameters of 3 to 22 pixels: areas of 8.7, 52 and 310 are the 5, 50 and 95 % quantiles."""
-    foreground = torch.ones(600, 1, 96, 96, dtype=torch.bool)
+def areas(number, **settings):
+    """Of shapes without soft borders that lie within the slice."""
+    foreground = torch.ones(number, 1, 64, 64, dtype=torch.bool)
     torch.manual_seed(0)
-    hard = Corruption(**ALWAYS, max_blur=0.0).shapes(foreground)
+    hard = Corruption(max_blur=0.0, cluster_share=0.0, **settings).shapes(foreground)
     assert set(hard.unique().tolist()) == {0.0, 1.0}
-    area = hard.sum(dim=(1, 2, 3))[hard[:, :, 12:-12, 12:-12].sum(dim=(1, 2, 3)) == hard.sum(dim=(1, 2, 3))]
-    low, middle, high = area.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+    rim = hard.clone()
+    rim[..., 1:-1, 1:-1] = 0
+    return hard.sum(dim=(1, 2, 3))[rim.sum(dim=(1, 2, 3)) == 0]
+
+
+def test_quantiles_of_the_areas():
+    """Diameters of 3 to 22 pixels, log-uniform: the 5, 50 and 95 % quantiles are 3.3, 8.1 and 19.9."""
+    low, middle, high = areas(300).quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
     assert 5 <= low <= 13
-    assert 35 <= middle <= 75
-    assert 200 <= high <= 420
+    assert 35 <= middle <= 70
+    assert 180 <= high <= 420
 
 
 @pytest.mark.parametrize("diameter", [3.0, 8.0, 22.0])
-def test_diameter_is_that_of_the_area(diameter):
-    foreground = torch.zeros(300, 1, 96, 96, dtype=torch.bool)
-    foreground[..., 48, 48] = True
-    torch.manual_seed(0)
-    corruption = Corruption(**ALWAYS, size=(diameter, diameter), max_blur=0.0)
-    shapes = corruption.shapes(foreground | True) if diameter < 8 else corruption.shapes(torch.ones_like(foreground))
-    inner = shapes[(shapes[..., :16, :].sum((1, 2, 3)) + shapes[..., -16:, :].sum((1, 2, 3))) == 0]
-    assert inner.sum(dim=(1, 2, 3)).median().item() == pytest.approx(math.pi / 4 * diameter**2, rel=0.35)
+def test_diameter_is_that_of_a_disk_or_the_side_of_a_square(diameter):
+    area = areas(60, size=(diameter, diameter)).median().item()
+    assert 0.7 * math.pi / 4 <= area / diameter**2 <= 1.3
 
 
 def test_clusters_have_several_small_shapes():
-    foreground = torch.ones(60, 1, 96, 96, dtype=torch.bool)
+    foreground = torch.ones(40, 1, 96, 96, dtype=torch.bool)
     torch.manual_seed(0)
     settings = {"cluster_share": 1.0, "cluster_count": (4, 4), "cluster_size": (3.0, 4.0), "max_blur": 0.0}
     shapes = Corruption(**settings).shapes(foreground)
@@ -189,7 +190,7 @@ def test_clusters_have_several_small_shapes():
 
 
 def test_borders_are_soft():
-    foreground = torch.ones(50, 1, 96, 96, dtype=torch.bool)
+    foreground = torch.ones(50, 1, 48, 48, dtype=torch.bool)
     torch.manual_seed(0)
     shapes = Corruption(**ALWAYS).shapes(foreground)
     soft = ((shapes > 0.1) & (shapes < 0.9)).flatten(1).any(dim=1)
@@ -198,19 +199,19 @@ def test_borders_are_soft():
 
 @pytest.mark.parametrize("dark_share", [0.0, 1.0])
 def test_share_of_dark_changes(dark_share):
-    images, _, corrupted, _ = drawn(batch=60, **ALWAYS, dark_share=dark_share, texture_amount=(1e-6, 1e-6))
+    images, _, corrupted, _ = drawn(batch=60, **ALWAYS, dark_share=dark_share, texture_amount=(1e-4, 1e-4))
     change = (corrupted - images) * (1 if dark_share == 0 else -1)
     assert change.min() > -1e-4
     assert change.max() > 0.2
 
 
 def test_a_flat_patch_is_flat_and_dark_as_a_cavity():
-    images, foreground = brains(64)
+    images, _ = brains(64)
     shape = torch.zeros_like(images)
-    shape[..., 40:56, 40:56] = 1
+    shape[..., 10:22, 10:22] = 1
     torch.manual_seed(0)
-    patch = Corruption(flat_share=1.0, dark_share=1.0)._foreign_patch(images, shape)[..., 40:56, 40:56]
-    host = images[..., 40:56, 40:56]
+    patch = Corruption(flat_share=1.0, dark_share=1.0)._foreign_patch(images, shape)[..., 10:22, 10:22]
+    host = images[..., 10:22, 10:22]
     assert (patch.std(dim=(1, 2, 3)) < 0.06).all()
     assert (patch.mean(dim=(1, 2, 3)) < host.mean(dim=(1, 2, 3)) + 0.1).all()
     assert patch.mean(dim=(1, 2, 3)).min() < 0.2
@@ -219,18 +220,18 @@ def test_a_flat_patch_is_flat_and_dark_as_a_cavity():
 def test_foreign_texture_is_of_another_slice():
     images = torch.full((4, 1, 32, 32), 0.1) * torch.arange(1, 5).view(4, 1, 1, 1)
     torch.manual_seed(0)
-    from common.diffusion.corruption import _rolled
-
     assert (_rolled(images) != images).all()
     assert torch.equal(_rolled(images[:1]), images[:1])
 
 
 def test_autocast_changes_nothing():
-    first = drawn(3)
-    with torch.autocast("cpu", torch.bfloat16):
-        second = drawn(3)
-    for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(a, b)
+    (images, foreground), results = brains(), []
+    for enabled in (True, False):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append(Corruption()(images, foreground))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

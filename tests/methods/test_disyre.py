@@ -1,4 +1,3 @@
-import copy
 
 import numpy as np
 import pytest
@@ -118,11 +117,9 @@ def test_steps_of_the_walk(g):
         x = g["x_walk"][k]
         restored = detector.restored(x, torch.full((len(x),), index))
         torch.testing.assert_close(restored, g["x0_pred_multi"][k], atol=1e-5, rtol=0)
-        torch.testing.assert_close(
-            detector.step(x, restored, index, following), g["x_walk"][k + 1], atol=1e-5, rtol=0
-        )
-    ratios = [detector.severity[b] / detector.severity[a] for a, b in zip(detector.steps, detector.steps[1:])]
-    np.testing.assert_allclose(ratios, g["cold_ratio"], atol=1e-5)
+        torch.testing.assert_close(detector.step(x, restored, index, following), g["x_walk"][k + 1], atol=1e-5, rtol=0)
+    asked = detector.severity[detector.steps]
+    torch.testing.assert_close(asked[1:] / asked[:-1], g["cold_ratio"], atol=1e-5, rtol=0)
 
 
 def test_score_of_the_walk(g):
@@ -148,8 +145,9 @@ def test_background_is_not_restored(walk):
 
     image = slices()
     detection = DISYRE(Bright(), walk=walk).detect(image)
-    assert all(torch.equal(x, image) for x in seen)
-    assert (detection.anomaly_map == 0).all()
+    for x in seen:
+        torch.testing.assert_close(x, image)
+    assert detection.anomaly_map.max() < 1e-6
 
 
 def test_starts_as_the_identity():
@@ -226,27 +224,22 @@ def test_the_seed_decides_the_loss():
 
 
 def test_training_restores_the_corrupted_and_leaves_the_clean():
-    made = objective(clean_share=0.5, size=(6.0, 10.0), texture_amount=(1e-6, 1e-6), dark_share=1.0, bias_amount=(0.4, 0.6))
-    image = (0.7 * torch.ones(16, 1, 32, 32)) * (F.pad(torch.ones(24, 24), (4, 4, 4, 4)) > 0)
-    optimizer = torch.optim.Adam(made.parameters(), lr=3e-3)
-    start = copy.deepcopy(made)
-    for _ in range(60):
-        optimizer.zero_grad()
-        made(image)["loss"].backward()
-        optimizer.step()
-    torch.manual_seed(9)
-    before = start(image)["loss"]
-    torch.manual_seed(9)
-    after = made(image)["loss"]
-    assert after < 0.5 * before
+    image = 0.7 * F.pad(torch.ones(8, 1, 16, 16), (4, 4, 4, 4))
     foreground = image > 0
-    clean = made.detector.restored(image, torch.zeros(16, dtype=torch.int64)) * foreground
-    assert (clean - image).abs().max() < 0.1
+    corrupted = image.clone()
+    corrupted[:4, :, 8:14, 8:14] = 0.3
+    severity = 0.4 * (torch.arange(8) < 4)  # half of the slices are clean
+    made = objective()
+    optimizer = torch.optim.Adam(made.parameters(), lr=5e-3)
+    for _ in range(25):
+        optimizer.zero_grad()
+        made.restoration_loss(corrupted, severity, image, foreground).backward()
+        optimizer.step()
+    error = (made.detector.restored(corrupted, made.detector.index(severity)) - image).abs() * foreground
+    assert error[:4, :, 8:14, 8:14].mean() < 0.15
+    assert error[4:].mean() < 0.03
 
 
 def test_other_loss_is_refused():
-    from monai.bundle import ConfigParser
-
-    parser = ConfigParser({"loss": {"_target_": "common.methods.disyre.DISYREObjective", "detector": tiny(), "corruption": Corruption(), "loss": "l3"}})
-    with pytest.raises(SettingError):
-        parser.get_parsed_content("loss")
+    with pytest.raises(SettingError, match="choose one of l1, l2, huber"):
+        objective("l3")
