@@ -7,6 +7,7 @@ severities and averages the changes; v1 walks from the most severe to the least.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -21,7 +22,11 @@ from ..errors import SettingError
 from ..networks.pixel_unshuffle_unet import size_divisor
 
 INDICES, FIRST_BETA, LAST_BETA = 100, 0.001, 0.2
-LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": partial(F.smooth_l1_loss, beta=0.1)}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "l1": F.l1_loss,
+    "l2": F.mse_loss,
+    "huber": partial(F.smooth_l1_loss, beta=0.1),
+}
 
 
 class DISYRE(AnomalyDetector):
