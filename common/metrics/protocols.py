@@ -33,6 +33,25 @@ def mad_ad_max_dice(maps: NDArray[Any], masks: NDArray[Any]) -> float:
     return best
 
 
+def iter_mask2_max_dice(maps: NDArray[Any], masks: NDArray[Any]) -> float:
+    """Highest mean per-image Dice over the common thresholds 0, 0.0001 ... 0.0099 (IterMask2, Liang et al., 2024).
+
+    maps: (N, ...) float in [0, 1], the errors of all images over their common range, background included, and 0
+    outside of the brain; positive where map > threshold. masks: (N, ...) bool or {0, 1}.
+    Raises ValueError where an image has no lesion: of each patient the slice of the largest is taken.
+    """
+    scores, lesions = _flat(maps, masks)
+    truth = lesions.sum(1)
+    if not truth.all():
+        raise ValueError(f"{(truth == 0).sum()} of {len(truth)} images have no lesion: each must have one")
+    best = 0.0
+    for threshold in np.arange(100) / 10_000:
+        predicted = scores > threshold
+        dice = 2 * (predicted & lesions).sum(1) / (predicted.sum(1) + truth)
+        best = max(best, float(dice.mean()))
+    return best
+
+
 def auto_ddpm_max_dice(maps: NDArray[Any], masks: NDArray[Any]) -> float:
     """Highest pooled Dice over 101 thresholds in [0, 1] (AutoDDPM, Bercea et al., 2023, the column with ceiling marks).
 

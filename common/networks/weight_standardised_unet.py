@@ -40,6 +40,7 @@ class WeightStandardisedUNet(Recorded, nn.Module):
     Args:
         channels: width of each level.
         groups: groups of the group norm of each level.
+        out_channels: of the output, by default those of the input.
     """
 
     def __init__(
@@ -47,18 +48,21 @@ class WeightStandardisedUNet(Recorded, nn.Module):
         in_channels: int = 1,
         channels: Sequence[int] = (64, 128, 256, 512),
         groups: Sequence[int] = (8, 16, 16, 32),
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = in_channels if out_channels is None else out_channels
         inputs = [in_channels, *channels[:-1]]
         self.size_divisor = 2 ** (len(channels) - 1)
         self.down = nn.ModuleList(_block(i, o, g) for i, o, g in zip(inputs, channels, groups, strict=True))
         levels = range(len(channels) - 2, -1, -1)
         self.up = nn.ModuleList(nn.ConvTranspose2d(channels[k + 1], channels[k], 2, stride=2) for k in levels)
         self.merge = nn.ModuleList(_block(2 * channels[k], channels[k], groups[k]) for k in levels)
-        self.out = nn.Conv2d(channels[0], in_channels, 1)
+        self.out = nn.Conv2d(channels[0], self.out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W); H and W multiples of `size_divisor`, at least twice as large."""
+        """(B, C, H, W) -> (B, C_out, H, W); H and W multiples of `size_divisor`, at least twice as large."""
         skips = []
         for level, block in enumerate(self.down):
             x = block(x if level == 0 else F.avg_pool2d(x, 2))

@@ -9,6 +9,7 @@ from common.metrics import (
     auto_ddpm_max_dice,
     average_precision,
     global_max_dice,
+    iter_mask2_max_dice,
     latent_ddpm_sprites,
     mad_ad_max_dice,
 )
@@ -34,6 +35,21 @@ def test_auto_ddpm_protocol_matches_the_reference_program():
     assert average_precision(*histograms) == pytest.approx(golden["average_precision_sklearn"], abs=1e-9)
 
 
+def test_iter_mask2_protocol_matches_the_reference_program():
+    golden = np.load(GOLDEN / "iter_mask2" / "metric.npz")
+    assert iter_mask2_max_dice(golden["error"], golden["seg"]) == pytest.approx(golden["best_dice"], abs=1e-9)
+    error = (golden["true"] - golden["reconstruction"]) ** 2
+    error = (error - error.min()) / (error.max() - error.min()) * golden["brain"]  # with the background's
+    assert iter_mask2_max_dice(error, golden["seg"]) == pytest.approx(golden["best_dice"], abs=1e-9)
+
+
+def test_iter_mask2_protocol_is_of_slices_with_a_lesion():
+    masks = np.zeros((3, 4, 4), dtype=bool)
+    masks[0, 1, 1] = True
+    with pytest.raises(ValueError, match="2 of 3 images have no lesion"):
+        iter_mask2_max_dice(np.zeros((3, 4, 4)), masks)
+
+
 def test_mad_ad_image_without_lesion_counts_only_when_nothing_is_predicted():
     maps, masks = np.zeros((2, 4, 4)), np.zeros((2, 4, 4), dtype=bool)
     maps[0, 0, 0], masks[0, 0, 0], maps[1, 0, 0] = 0.9, True, 0.5
@@ -49,7 +65,7 @@ def test_global_max_dice_takes_any_scale_and_is_undefined_without_a_lesion():
     assert np.isnan(global_max_dice(maps, np.zeros_like(masks)))
 
 
-@pytest.mark.parametrize("protocol", [mad_ad_max_dice, auto_ddpm_max_dice, global_max_dice])
+@pytest.mark.parametrize("protocol", [mad_ad_max_dice, iter_mask2_max_dice, auto_ddpm_max_dice, global_max_dice])
 def test_shapes_that_differ_are_refused(protocol):
     with pytest.raises(ValueError, match="same shape"):
         protocol(np.zeros((2, 4, 4)), np.zeros((2, 4, 5)))

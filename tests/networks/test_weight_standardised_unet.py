@@ -19,6 +19,20 @@ def test_output_has_the_shape_of_the_input(channels, size):
     assert network(torch.rand(2, channels, *size)).shape == (2, channels, *size)
 
 
+@pytest.mark.parametrize(("in_channels", "out_channels"), [(2, 1), (1, 3)])
+def test_output_may_have_other_channels(in_channels, out_channels):
+    network = WeightStandardisedUNet(in_channels, (4, 8), (2, 2), out_channels=out_channels)
+    assert (network.in_channels, network.out_channels) == (in_channels, out_channels)
+    assert network(torch.rand(2, in_channels, 8, 8)).shape == (2, out_channels, 8, 8)
+
+
+def test_output_that_is_not_set_leaves_the_settings_as_they_were():
+    """Weights are known by the settings that differ from the defaults."""
+    network = WeightStandardisedUNet(1, (4, 8), (2, 2))
+    assert network.out_channels == 1
+    assert "out_channels" not in network.changed_settings
+
+
 def test_convolution_ignores_offset_and_scale_of_its_filters():
     convolution, x = WeightStandardisedConv2d(3, 5, 3), torch.randn(2, 3, 6, 6)
     before = convolution(x)
