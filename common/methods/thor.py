@@ -119,7 +119,7 @@ class THOR(DDPM):
         state_dict.setdefault(f"{prefix}threshold", torch.zeros_like(self.threshold))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, Tensor]:
+    def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, ...]:
         walk, maps = self.begin(image, generators), []
         for t, t_prev in self.steps:
             x0 = self.clean(walk, t)
@@ -130,11 +130,9 @@ class THOR(DDPM):
         anomaly_map = harmonic_mean(torch.stack(maps))
         if self.scale == "image":
             anomaly_map = anomaly_map.clamp(max=HIGHEST)
-        return median(anomaly_map, self.median_size), self.to_image(walk.x_t).clamp(0, 1)
-
-    def _score(self, anomaly_map: Tensor, foreground: Tensor) -> Tensor:
-        """The mean over the whole slice, as published."""
-        return anomaly_map.flatten(1).mean(dim=1)
+        anomaly_map = median(anomaly_map, self.median_size)
+        score = (anomaly_map * foreground).flatten(1).mean(dim=1)  # over the whole slice, as published
+        return anomaly_map, self.to_image(walk.x_t).clamp(0, 1), score
 
     @torch.no_grad()
     def fit_threshold(self, batches: Iterable[Tensor]) -> None:

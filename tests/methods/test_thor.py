@@ -257,7 +257,6 @@ def test_bad_settings_are_refused(settings, message):
 
 def test_levels_up_to_the_last_trained_index():
     assert THOR(Stub(), level=349, max_timestep=350).start == 349
-    assert THOR(Stub(), level=350, first_index="L-1", max_timestep=350).start == 349
 
 
 # --- the contract and the options ---
