@@ -370,13 +370,13 @@ def test_training_is_that_of_ddpm():
 
 
 def test_calibration_makes_its_weights_of_those_of_ano_ddpm(cohort, tmp_path):
-    """The command of the model card, with two steps and one seed, on the ten slices of a thin brain."""
-    settings = {"num_inference_steps": 2, "num_seeds": 1, "preprocessing::brain_volume_ml": [1, 2300]}
+    """The command of the model card, with one seed, on the ten slices of a thin brain."""
+    settings = {"num_seeds": 1, "preprocessing::brain_volume_ml": [1, 2300]}
     source, output = BUNDLES_DIR / "ano_ddpm" / "models" / "model.pt", tmp_path / "model.pt"
     paths = {"cohort": str(cohort), "weights": str(source), "task::output": str(output), "device": torch.device("cpu")}
     run_inference("thor", ["inference.json", "calibrate.json"], **paths, **settings)
     before, after = load_weights(source), load_weights(output)
     assert after.keys() - before.keys() == {"detector.threshold"}
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("detector."))
-    assert after["detector.threshold"].nonzero().flatten().tolist() == [0, 300]
+    assert after["detector.threshold"].nonzero().flatten().tolist() == [0, 250]
     assert (after["calibration.threshold"] > 0) & (after["calibration.threshold"] != before["calibration.threshold"])
