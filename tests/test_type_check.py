@@ -61,7 +61,7 @@ def test_fits(value, hint, expected):
     assert fits(value, hint) is expected
 
 
-class Walk(Recorded):
+class Sampler(Recorded):
     def __init__(self, level: int, sigma_px: float = 0.0, kind: Literal["a", "b"] = "a") -> None:
         self.level, self.sigma_px, self.kind = level, sigma_px, kind
 
@@ -69,14 +69,14 @@ class Walk(Recorded):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"level": "abc"}, "Walk: level = 'abc'; give an integer"),
-        ({"level": 1, "sigma_px": None}, "Walk: sigma_px = None; give a number"),
-        ({"level": 1, "kind": "c"}, "Walk: kind = 'c'; give 'a' or 'b'"),
+        ({"level": "abc"}, "Sampler: level = 'abc'; give an integer"),
+        ({"level": 1, "sigma_px": None}, "Sampler: sigma_px = None; give a number"),
+        ({"level": 1, "kind": "c"}, "Sampler: kind = 'c'; give 'a' or 'b'"),
     ],
 )
 def test_argument_of_the_wrong_type(given, message):
     with pytest.raises(SettingError) as caught:
-        Walk(**given)
+        Sampler(**given)
     assert str(caught.value) == message
 
 

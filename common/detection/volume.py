@@ -31,7 +31,7 @@ class VolumeDetector(Recorded, nn.Module):
         axis: spatial axis along which slices are taken; 2 is axial for volumes in RAS.
         batch_size: slices at a time; the result does not depend on it.
         seed: with the index of a slice, the only source of randomness.
-        num_seeds: walks from as many seeds, the first of which is `seed`, are averaged; of use to random methods only.
+        num_seeds: the map is the mean over as many seeds, the first of which is `seed`; of use to random methods only.
         mirror: the result for the mirrored slices (the first of their axes, left and right in RAS) is averaged in.
         smoothing_vox: Gaussian smoothing of the map in three dimensions, in voxels, within the foreground; 0 for none.
         normalisation: what `Postprocessing` does to the map next; its atlas travels with the weights.

@@ -27,7 +27,7 @@ class GaussianScheduler(Recorded, nn.Module):
 
     MONAI's schedulers are not used for four reasons: by default they clip the predicted z0 to [-1, 1], where latents
     are not; `DDPMScheduler.step` always goes to t - 1; the grid of `DDIMScheduler.set_timesteps` is not the one that
-    its `step` walks (MONAI 1.6.1); and `add_noise` leaves the schedule in the precision of the last sample.
+    its `step` takes (MONAI 1.6.1); and `add_noise` leaves the schedule in the precision of the last sample.
 
     Args:
         num_train_timesteps: T; t = 0 .. T - 1 stands for the paper's t + 1.

@@ -25,7 +25,7 @@ from ..errors import BundleError, SettingError
 from ..networks.efficientnet_lite0 import efficientnet_lite0
 from ..recorded import Recorded
 from ..weights import load_weights
-from .ddpm import DDPM, DDPMObjective, walk
+from .ddpm import DDPM, DDPMObjective, sampling_steps
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class AutoDDPM(DDPM):
         self.perceptual = perceptual
         self.stitch_level = self.index(stitch_level)
         self.num_stitch_steps = num_stitch_steps
-        self.stitch_steps = walk(self.stitch_level, 0, num_stitch_steps)
+        self.stitch_steps = sampling_steps(self.stitch_level, 0, num_stitch_steps)
         if num_stitch_steps is not None and jump == "t-1":
             raise SettingError("jump", "'t-1' is of steps of one index", "use jump 't' with num_stitch_steps")
         self.n_resample = n_resample

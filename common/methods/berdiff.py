@@ -1,8 +1,8 @@
 """BerDiff: masked Bernoulli diffusion for unsupervised anomaly detection (Wolleb et al., MICCAI 2024).
 
 An autoencoder turns a slice into bits, and a diffusion model learns which bits of a noised healthy code were flipped.
-At test time the noised code of the input walks back. An entry that the model wants to flip is masked; all the others
-are kept as the input has them. The decoded result is the pseudo-healthy slice. arXiv 2403.11667.
+At test time the code of the input is noised and sampled back. An entry that the model wants to flip is masked; all the
+others are kept as the input has them. The decoded result is the pseudo-healthy slice. arXiv 2403.11667.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class BerDiff(AnomalyDetector):
         unet: logits of P(bit was flipped) from (z_t, t), such as `flip_unet`.
         L: noise steps, 1 to T; 200 in the paper.
         P: an entry is masked where its probability of a flip is above, in [0, 1); 0 masks all: the unmasked variant.
-        num_inference_steps: network calls in which L is walked; default: L, as published.
-        num_passes: random walks; their reconstructions and scores are averaged.
-        combine: the map of several walks. "maps": mean of their squared differences. "reconstructions": squared
-            difference to their mean. "mahalanobis": that over their variance, so that what no two walks draw alike
+        num_inference_steps: function evaluations of the sampling from L; default: L, as published.
+        num_passes: samples; their reconstructions and scores are averaged.
+        combine: the map of several samples. "maps": mean of their squared differences. "reconstructions": squared
+            difference to their mean. "mahalanobis": that over their variance, so that what no two samples draw alike
             counts less (Behrendt et al., 2024, pixel by pixel).
         regularisation: added to the variance in "mahalanobis".
         batch_size: slices that the encoder and the U-Net take at a time, by the memory of the device; see
@@ -124,7 +124,7 @@ class BerDiff(AnomalyDetector):
 
     def one_pass(self, image: Tensor, p: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Reconstruction x_hat (B, C, H, W) and the share of masked entries (B,); p: (B, N, h, w), P(z = 1)."""
-        code, mask = self.walk((p > uniform_like(p, generators)).to(image.dtype), generators)
+        code, mask = self.sample((p > uniform_like(p, generators)).to(image.dtype), generators)
         return self.latent_space.decode(code).clamp(0, 1), mask.flatten(1).float().mean(1)
 
     def anomaly_map(self, image: Tensor, x_hat: Tensor) -> Tensor:
@@ -136,8 +136,8 @@ class BerDiff(AnomalyDetector):
             distance = distance / (x_hat.var(0, correction=0) + self.regularisation)
         return distance.sum(1, keepdim=True)
 
-    def walk(self, z: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Noise z and walk back: the code to decode, and the mask of what may differ from z, bool; all (B, N, h, w)."""
+    def sample(self, z: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Noise z and sample: the code to decode, and the mask of what may differ from z, bool; all (B, N, h, w)."""
         steps = self.scheduler.timesteps
         start = torch.full((len(z),), steps[0] + self.noise_index_offset, device=z.device)
         z_t, mask = self.scheduler.add_noise(z, uniform_like(z, generators), start), torch.zeros_like(z).bool()
@@ -156,7 +156,7 @@ def in_equal_batches(network: Callable[..., Tensor], size: int, *inputs: Tensor)
     """The network's output for inputs (B, ...), given to it in batches of exactly `size`; zeros fill up the last one.
 
     Layers round differently in batches of other sizes. Elsewhere that is noise of 1e-6; here it flips a bit now and
-    then, and so another walk begins: one slice in ten would differ between a batch and alone.
+    then, and from there another sample: one slice in ten would differ between a batch and alone.
     """
     outputs = []
     for parts in zip(*(x.split(size) for x in inputs), strict=True):

@@ -40,8 +40,9 @@ class DDPM(AnomalyDetector):
         scheduler: holds schedule, variance of the steps and range that the prediction of x0 is clipped to; default:
             MONAI's (1000 indices, linear, "fixed_small", [-1, 1]).
         level: L, 1 ... 1000. More removes larger lesions; AutoDDPM's tables go from 50 to 300.
-        num_inference_steps: calls of the network in a DDIM walk with even strides; None for every index, ancestrally.
-        eta: stochasticity of the DDIM walk; 0 draws no noise, 1 the posterior's.
+        num_inference_steps: function evaluations of DDIM sampling with even strides; None for ancestral sampling, over
+            every index.
+        eta: stochasticity of DDIM sampling; 0 draws no noise, 1 the posterior's.
         forward_noise, reverse_noise: Gaussian by default; a method may bring its own, as AnoDDPM does.
         residual: "absolute" or "squared", the mean over channels, of images in [0, 1].
         symmetric: the network sees [-1, 1]; False: [0, 1] (AutoDDPM's code), so that the dark side is not clipped.
@@ -78,7 +79,7 @@ class DDPM(AnomalyDetector):
         self.symmetric = symmetric
         self.median_size = median_size
         self.size_divisor = size_divisor(unet)
-        self.steps = walk(self.start, -1, num_inference_steps)
+        self.steps = sampling_steps(self.start, -1, num_inference_steps)
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, ...]:
         reconstruction = self.to_image(self.reconstruct(self.to_network(image), generators)).clamp(0, 1)
@@ -191,7 +192,7 @@ class DDPMObjective(TrainingObjective):
         return F.mse_loss(output, noise if kind == "epsilon" else x0)
 
 
-def walk(start: int, end: int, num_steps: int | None) -> list[tuple[int, int]]:
+def sampling_steps(start: int, end: int, num_steps: int | None) -> list[tuple[int, int]]:
     """Pairs (t, t_prev) from `start` down to `end`: every index, or `num_steps` of even stride that end at end + 1.
 
     For example 200 to -1 in 5: (200, 150), (150, 100), (100, 50), (50, 0), (0, -1). Raises SettingError.

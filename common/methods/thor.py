@@ -2,7 +2,7 @@
 
 Partial diffusion as in `ddpm`, which also changes what is healthy. So at some steps of the way back the predicted
 healthy image is harmonised: where it agrees with the slice already, in intensity and perceptually, the slice itself
-takes its place, and the walk goes on from there. The map is what disagreed at every step. It needs no training of its
+takes its place, and sampling goes on from there. The map is what disagreed at every step. It needs no training of its
 own: it runs on the weights of `ddpm`, or with simplex noise on those of `ano_ddpm`.
 """
 
@@ -30,8 +30,8 @@ HEALTHY_SHARE = 0.001  # of the healthy foreground that may exceed the scale of 
 
 
 @dataclass
-class Walk:
-    """A batch on its way: the slices in [0, 1], their one forward noise, and x_t in the network's range."""
+class Sampling:
+    """A batch while it is sampled: the slices in [0, 1], their one forward noise, and x_t in the network's range."""
 
     image: Tensor
     noise: Tensor
@@ -40,7 +40,7 @@ class Walk:
 
 
 class THOR(DDPM):
-    """The detector; as many calls of the network as the walk has steps.
+    """The detector; as many function evaluations as sampling has steps.
 
     At a step t the predicted clean image x0 differs from the slice x by c_t = clip(G(S(x, x0)), 0, 1) * |x - x0|, where
     S is the perceptual map and G a Gaussian filter; a_t = c_t / s_t. Harmonising: m x0 + (1 - m) x is noised again,
@@ -53,9 +53,10 @@ class THOR(DDPM):
         noise: that of the way up and down, which the network was trained on: "gaussian" for weights of `ddpm`,
             "simplex" for those of `ano_ddpm`.
         perceptual: S, map (B, 1, H, W) >= 0 of two images in [0, 1], see `auto_ddpm`; None for 1 everywhere.
-        harmonise: indices of the walk; None: all but its first and last. Published: 300, 150, 50.
-        collect: indices of the walk whose a_t enter the map, besides those of `harmonise`; None: all. Published: the
-            multiples of 50.
+        harmonise: indices to harmonise at; None: all that are sampled at but the first and last. Published: 300, 150,
+            50.
+        collect: indices whose a_t enter the map, besides those of `harmonise`; None: all that are sampled at.
+            Published: the multiples of 50.
         window: side of the square window of closing and dilation, odd; published: 13 pixels of 1.82 mm.
         sigma_px: of the Gaussian filter, which runs over H and W only; published: 2.
         scale: "fixed": s_t is the value that 0.1 % of the foreground of healthy slices exceed, which `fit_threshold`
@@ -92,11 +93,13 @@ class THOR(DDPM):
             fact = f"window = {window}, sigma_px = {sigma_px}"
             raise SettingError("THOR", fact, "choose an odd window and a sigma of 0 or more")
         visited = [t for t, _ in self.steps]
-        self.harmonise = frozenset(visited[1:-1] if harmonise is None else self._on_walk("harmonise", harmonise))
-        collected = visited if collect is None else self._on_walk("collect", collect)
+        self.harmonise = frozenset(visited[1:-1] if harmonise is None else self._visited("harmonise", harmonise))
+        collected = visited if collect is None else self._visited("collect", collect)
         self.collect = self.harmonise.union(collected)
         if not self.collect:
-            raise SettingError("collect", "no step is collected, so there is no map", "name an index of the walk")
+            raise SettingError(
+                "collect", "no step is collected, so there is no map", "name an index that is sampled at"
+            )
         self.perceptual = perceptual
         self.window = window
         self.sigma_px = sigma_px
@@ -105,10 +108,10 @@ class THOR(DDPM):
         # s_t of each index: 1, the largest value of c_t, before any weights; 0 where weights have none
         self.register_buffer("threshold", torch.ones(self.scheduler.num_train_timesteps, dtype=torch.float64))
 
-    def _on_walk(self, name: str, indices: Sequence[int]) -> Sequence[int]:
+    def _visited(self, name: str, indices: Sequence[int]) -> Sequence[int]:
         visited = [t for t, _ in self.steps]
         if missing := sorted(set(indices) - set(visited)):
-            fact = f"index {missing[-1]} is not on the walk of {len(visited)} steps"
+            fact = f"index {missing[-1]} is not among the {len(visited)} that are sampled at"
             few = len(visited) <= 20
             among = ", ".join(map(str, visited)) if few else f"{visited[0]} to {visited[-1]}"
             raise SettingError(name, fact, f"choose among {among}")
@@ -120,19 +123,19 @@ class THOR(DDPM):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, ...]:
-        walk, maps = self.begin(image, generators), []
+        state, maps = self.begin(image, generators), []
         for t, t_prev in self.steps:
-            x0 = self.clean(walk, t)
-            scaled = self.scaled(self.disagreement(walk, x0), t) if t in self.collect else None
+            x0 = self.clean(state, t)
+            scaled = self.scaled(self.disagreement(state, x0), t) if t in self.collect else None
             if scaled is not None:
                 maps.append(scaled)
-            self.advance(walk, x0, scaled, t, t_prev)
+            self.advance(state, x0, scaled, t, t_prev)
         anomaly_map = harmonic_mean(torch.stack(maps))
         if self.scale == "image":
             anomaly_map = anomaly_map.clamp(max=HIGHEST)
         anomaly_map = median(anomaly_map, self.median_size)
         score = (anomaly_map * foreground).flatten(1).mean(dim=1)  # over the whole slice, as published
-        return anomaly_map, self.to_image(walk.x_t).clamp(0, 1), score
+        return anomaly_map, self.to_image(state.x_t).clamp(0, 1), score
 
     @torch.no_grad()
     def fit_threshold(self, batches: Iterable[Tensor]) -> None:
@@ -143,55 +146,55 @@ class THOR(DDPM):
         """
         if self.scale == "image":
             return
-        walks = [self.begin(image, generators) for image, generators in with_generators(batches)]
+        states = [self.begin(image, generators) for image, generators in with_generators(batches)]
         self.threshold.zero_()
         for t, t_prev in self.steps:
-            x0 = [self.clean(walk, t) for walk in walks]
-            scaled: list[Tensor | None] = [None] * len(walks)
+            x0 = [self.clean(state, t) for state in states]
+            scaled: list[Tensor | None] = [None] * len(states)
             if t in self.collect:
-                c = [self.disagreement(walk, x) for walk, x in zip(walks, x0, strict=True)]
-                healthy = torch.cat([d[foreground_of(walk.image)].cpu() for walk, d in zip(walks, c, strict=True)])
+                c = [self.disagreement(state, x) for state, x in zip(states, x0, strict=True)]
+                healthy = torch.cat([d[foreground_of(state.image)].cpu() for state, d in zip(states, c, strict=True)])
                 self.threshold[t] = max(exceeded_by(healthy, HEALTHY_SHARE), EPS)
                 scaled = [self.scaled(d, t) for d in c]
-            for walk, x, a in zip(walks, x0, scaled, strict=True):
-                self.advance(walk, x, a, t, t_prev)
+            for state, x, a in zip(states, x0, scaled, strict=True):
+                self.advance(state, x, a, t, t_prev)
 
-    # --- the walk ---
+    # --- sampling ---
 
-    def begin(self, image: Tensor, generators: list[Generator]) -> Walk:
+    def begin(self, image: Tensor, generators: list[Generator]) -> Sampling:
         """Slices (B, C, H, W) in [0, 1], noised to the first index."""
         x = self.to_network(image)
         times = torch.full((len(x),), self.start, device=x.device)
         noise = self.forward_noise(x, times, generators)
-        return Walk(image, noise, self.add_noise(x, times, noise), generators)
+        return Sampling(image, noise, self.add_noise(x, times, noise), generators)
 
-    def clean(self, walk: Walk, t: int) -> Tensor:
+    def clean(self, state: Sampling, t: int) -> Tensor:
         """The predicted clean image x0, (B, C, H, W) in the network's range; one call of the network."""
-        times = torch.full((len(walk.x_t),), t, device=walk.x_t.device)
-        return self.predict_x0(walk.x_t, t, self.unet(walk.x_t, times))
+        times = torch.full((len(state.x_t),), t, device=state.x_t.device)
+        return self.predict_x0(state.x_t, t, self.unet(state.x_t, times))
 
-    def advance(self, walk: Walk, x0: Tensor, scaled: Tensor | None, t: int, t_prev: int) -> None:
+    def advance(self, state: Sampling, x0: Tensor, scaled: Tensor | None, t: int, t_prev: int) -> None:
         """x_t to x_{t_prev}: by the reverse step, or harmonised and noised again."""
         times = torch.full((len(x0),), t, device=x0.device)
         if scaled is not None and t in self.harmonise:
-            x = self.to_network(self.harmonised(walk.image, self.to_image(x0), self.mask(scaled)))
+            x = self.to_network(self.harmonised(state.image, self.to_image(x0), self.mask(scaled)))
             target = t if self.renoise == "t" else t_prev
-            walk.x_t = x if t_prev < 0 else self.add_noise(x, torch.full_like(times, target), walk.noise)
+            state.x_t = x if t_prev < 0 else self.add_noise(x, torch.full_like(times, target), state.noise)
             return
         is_ddim = self.num_inference_steps is not None
-        mean, std = self.ddim(x0, walk.x_t, t, t_prev) if is_ddim else self.posterior(x0, walk.x_t, t)
+        mean, std = self.ddim(x0, state.x_t, t, t_prev) if is_ddim else self.posterior(x0, state.x_t, t)
         is_last = t_prev < 0 or std == 0
-        walk.x_t = mean if is_last else mean + std * self.reverse_noise(walk.x_t, times, walk.generators)
+        state.x_t = mean if is_last else mean + std * self.reverse_noise(state.x_t, times, state.generators)
 
     # --- where a step disagrees with the slice ---
 
-    def disagreement(self, walk: Walk, x0: Tensor) -> Tensor:
+    def disagreement(self, state: Sampling, x0: Tensor) -> Tensor:
         """c_t in [0, 1], (B, 1, H, W); x0 in the network's range."""
         predicted = self.to_image(x0).clamp(0, 1)
-        difference = self.difference(walk.image, predicted)
+        difference = self.difference(state.image, predicted)
         if self.perceptual is None:
             return difference
-        return smoothed(self.perceptual(walk.image, predicted), self.sigma_px).clamp(0, 1) * difference
+        return smoothed(self.perceptual(state.image, predicted), self.sigma_px).clamp(0, 1) * difference
 
     def scaled(self, c: Tensor, t: int) -> Tensor:
         """a_t = c_t / s_t, (B, 1, H, W) >= 0; BundleError where no healthy slices have set s_t."""

@@ -16,7 +16,7 @@ def uniform(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def walk(scheduler):
+def sampling_steps(scheduler):
     """Pairs (t, s) of the scheduler's timesteps, the last s is -1."""
     return list(zip(scheduler.timesteps, [*scheduler.timesteps[1:], -1], strict=True))
 
@@ -117,7 +117,7 @@ def test_timesteps_start_below_the_noise_level_in_even_jumps(steps, L, expected)
 def test_any_number_of_steps_walks_the_whole_way(steps):
     scheduler = BernoulliScheduler()
     scheduler.set_timesteps(steps, 200)
-    jumps = [t - s for t, s in walk(scheduler)]
+    jumps = [t - s for t, s in sampling_steps(scheduler)]
     assert len(jumps) == steps
     assert sum(jumps) == 200
     assert max(jumps) - min(jumps) <= 1
@@ -155,7 +155,7 @@ def test_jumps_of_one_are_the_plain_chain_bit_for_bit(soft_z0, which):
     scheduler.set_timesteps(200, 200)
     abar, alpha = scheduler.alpha_bar, scheduler.alphas
     z_t = plain = bits(2, 3, 4, 4)
-    for t, s in walk(scheduler):
+    for t, s in sampling_steps(scheduler):
         assert s == t - 1
         z0, u = uniform(2, 3, 4, 4, seed=t), uniform(2, 3, 4, 4, seed=1000 + t)
         theta = plain_step(plain.double(), z0.double(), t, u, abar, alpha)[which]
@@ -234,7 +234,7 @@ def test_reverse_walk_of_a_perfect_network_gives_the_data_back(steps, share):
         generator = torch.Generator().manual_seed(steps)
         z0 = (torch.rand(1, N, generator=generator) < share).float()
         z_t = scheduler.add_noise(z0, torch.rand(1, N, generator=generator), torch.tensor([199]))
-        for t, s in walk(scheduler):
+        for t, s in sampling_steps(scheduler):
             likelihood = scheduler.probability(torch.tensor([[0.0, 1.0]]), torch.tensor([t]))[0]  # P(z_t = 1 | z0)
             off, on = (torch.where(z_t > 0, p, 1 - p) for p in likelihood)
             z0_given = share * on / (share * on + (1 - share) * off)

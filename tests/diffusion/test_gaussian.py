@@ -74,7 +74,7 @@ def test_step_with_eta_1_is_the_ddpm_step(t):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_latent_outside_of_minus_one_to_one_survives(eta):
-    """With the true noise the walk must return to z0, wherever it is; MONAI's default does not."""
+    """With the true noise sampling must return to z0, wherever it is; MONAI's default does not."""
     scheduler, z0 = GaussianScheduler(), torch.tensor([-9.0, -0.5, 0.5, 40.0]).view(1, 4, 1, 1)
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
     z_t = scheduler.add_noise(z0, eps, torch.tensor([500]))

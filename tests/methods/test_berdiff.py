@@ -104,7 +104,7 @@ def test_walk_is_the_published_loop(is_reference, P):
     if is_reference:
         settings["scheduler"] = BernoulliScheduler(soft_z0="inserted", reference="code")
     z = code(2, 6, 4, 4)
-    result, mask = tiny(Stub(eps_of), **settings).walk(z, generators(3, 4))
+    result, mask = tiny(Stub(eps_of), **settings).sample(z, generators(3, 4))
     expected, expected_mask = published_loop(z, eps_of, 30, P, generators(3, 4), is_reference)
     torch.testing.assert_close(result, expected.float())
     assert torch.equal(mask.double(), expected_mask)
@@ -123,7 +123,7 @@ def test_masked_step_of_the_reference(t):
     scheduler.step = lambda z_t, z0, *args: seen.append(z0) or step(z_t, z0, *args)
     detector = tiny(Stub(lambda z_t, i: g["eps"]), scheduler=scheduler, P=g["prob_threshold"].item())
     scheduler.timesteps = [t]
-    _, mask = detector.walk(g["z_org"], generators(0))
+    _, mask = detector.sample(g["z_org"], generators(0))
     expected = g["t0_paper_mask"] if t == 0 else g[f"t{t}_mask"]
     mask = mask | g["mask_in"].bool()
     assert torch.equal(mask, expected.bool())
@@ -138,7 +138,7 @@ def test_last_step_of_the_reference_is_soft_and_leaves_the_mask():
     scheduler.add_noise = lambda z, u, start: g["z_t"]
     detector = tiny(Stub(lambda z_t, i: g["eps"]), scheduler=scheduler)
     scheduler.timesteps = [0]
-    result, mask = detector.walk(g["z_org"], generators(0))
+    result, mask = detector.sample(g["z_org"], generators(0))
     torch.testing.assert_close(result, g["t0_sample"], atol=1e-6, rtol=0)
     assert not mask.any()
 
@@ -150,7 +150,7 @@ def test_final_codes():
     z, results, calls = code(1, 6, 4, 4), {}, {}
     for reference in REFERENCES:
         stub = Stub(lambda z_t, t: eps)
-        results[reference], mask = tiny(stub, num_inference_steps=1, reference=reference).walk(z, generators(5))
+        results[reference], mask = tiny(stub, num_inference_steps=1, reference=reference).sample(z, generators(5))
         assert mask.any() == (reference == "paper")
         calls[reference] = stub.calls[0][0][:1]
     torch.testing.assert_close(results["code"], (calls["code"] - eps).abs())
@@ -164,7 +164,7 @@ def test_final_codes():
 def test_entries_that_the_network_agrees_with_are_those_of_the_input():
     stub = Stub(lambda z_t, t: torch.full_like(z_t, 0.5))  # 0.5 is not above P
     z = code(2, 6, 4, 4)
-    result, mask = tiny(stub).walk(z, generators(0, 1))
+    result, mask = tiny(stub).sample(z, generators(0, 1))
     assert not mask.any()
     assert torch.equal(result, z)
     assert any(not torch.equal(z_t, z) for z_t, _ in stub.calls)
@@ -177,7 +177,7 @@ def test_mask_only_grows_and_stays_in_its_sample():
         return result
 
     z = code(2, 6, 4, 4)
-    _, mask = tiny(Stub(eps)).walk(z, generators(0, 1))
+    _, mask = tiny(Stub(eps)).sample(z, generators(0, 1))
     assert mask.nonzero().tolist() == [[0, 0, 0, 0]]
 
 
@@ -201,7 +201,7 @@ def test_network_is_asked_with_the_indices_of_the_jumps(steps, expected):
 def test_noise_goes_as_far_as_the_first_step_or_beyond(reference, offset):
     detector, starts = tiny(reference=reference), []
     detector.scheduler.add_noise = lambda z, u, t: starts.append(t.tolist()) or z
-    detector.walk(code(3, 6, 4, 4), generators(0, 1, 2))
+    detector.sample(code(3, 6, 4, 4), generators(0, 1, 2))
     assert starts == [[19 + offset] * 3]
 
 
@@ -230,7 +230,7 @@ def test_score_is_the_share_of_masked_entries_of_each_slice(P):
     detection = detector.detect(image, seeds=torch.tensor([4, 5, 6]))
     noise = generators(4, 5, 6)
     p, _ = detector.latent_space.posterior(image)
-    _, mask = detector.walk((uniform_like(p, noise) < p).float(), noise)
+    _, mask = detector.sample((uniform_like(p, noise) < p).float(), noise)
     assert torch.equal(detection.score, mask.float().mean(dim=(1, 2, 3)))
     assert len(detection.score.unique()) > 1
 

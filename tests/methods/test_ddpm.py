@@ -12,7 +12,7 @@ from torch import nn
 
 from common.detection.method import median, noise_like
 from common.errors import ImageShapeError, SettingError
-from common.methods.ddpm import DDPM, DDPMObjective, gaussian_noise, walk
+from common.methods.ddpm import DDPM, DDPMObjective, gaussian_noise, sampling_steps
 
 
 def toy(x, t):
@@ -123,7 +123,7 @@ def test_level_that_stands_for_the_index_before():
     torch.testing.assert_close(states, g["trajectory"][1:], atol=5e-4, rtol=0)
 
 
-# --- walks ---
+# --- sampling steps ---
 
 
 @pytest.mark.parametrize(("method", "calls"), [(DDPM, 201), (LevelL1, 200)])
@@ -134,7 +134,7 @@ def test_calls_of_the_full_walk(method, calls):
 
 @pytest.mark.parametrize("count", [1, 2, 7, 10, 25, 200, 201])
 def test_strided_walk_stays_on_its_own_grid(count):
-    steps = walk(200, -1, count)
+    steps = sampling_steps(200, -1, count)
     assert len(steps) == count
     assert steps[0][0] == 200
     assert steps[-1][1] == -1
@@ -144,9 +144,9 @@ def test_strided_walk_stays_on_its_own_grid(count):
 
 
 def test_strided_walk_by_example():
-    assert walk(200, -1, 5) == [(200, 150), (150, 100), (100, 50), (50, 0), (0, -1)]
-    assert walk(50, 0, 3) == [(50, 26), (26, 1), (1, 0)]
-    assert walk(3, 0, None) == [(3, 2), (2, 1), (1, 0)]
+    assert sampling_steps(200, -1, 5) == [(200, 150), (150, 100), (100, 50), (50, 0), (0, -1)]
+    assert sampling_steps(50, 0, 3) == [(50, 26), (26, 1), (1, 0)]
+    assert sampling_steps(3, 0, None) == [(3, 2), (2, 1), (1, 0)]
 
 
 @pytest.mark.parametrize("count", [1, 3, 10, 41])

@@ -168,7 +168,7 @@ def test_timesteps_of_the_variants():
 
 @pytest.mark.parametrize(("variant", "steps"), [("c", None), ("d", 4), ("c", 7), ("d", 10)])
 def test_timesteps_of_the_walk_are_those_that_the_step_uses(variant, steps):
-    """With the true noise of z0 = 3 the walk arrives at 3 only if network and step mean the same t and t_prev."""
+    """With the true noise of z0 = 3 sampling arrives at 3 only if network and step mean the same t and t_prev."""
 
     def true_noise(z, t):
         alpha_bar = detector.scheduler.alpha_bar[t].view(-1, 1, 1, 1)

@@ -14,7 +14,7 @@ from common.diffusion.simplex import SimplexNoise
 from common.errors import BundleError, SettingError
 from common.methods.auto_ddpm import SSIMMap
 from common.methods.ddpm import DDPM, gaussian_noise
-from common.methods.thor import THOR, THORObjective, Walk, harmonic_mean
+from common.methods.thor import THOR, Sampling, THORObjective, harmonic_mean
 from common.weights import load_into, load_weights, save_weights
 
 FAST = {"level": 30, "num_inference_steps": 4, "window": 5}
@@ -110,7 +110,7 @@ def test_whole_run(scale):
 def test_from_perceptual_map_to_mask():
     g = golden("thor/guidance_step")
     detector = THOR(Stub(), perceptual=Fixed(g["S"]))
-    c = detector.disagreement(Walk(g["x"], g["n0"], g["x"], []), detector.to_network(g["x0_hat"]))
+    c = detector.disagreement(Sampling(g["x"], g["n0"], g["x"], []), detector.to_network(g["x0_hat"]))
     torch.testing.assert_close(c, g["product"], atol=1e-5, rtol=0)
     assert c[0, 0, 10, 8].item() == pytest.approx(0.0902887, abs=1e-6)
     detector.threshold.fill_(float(g["fixed_scale"]))
@@ -131,9 +131,9 @@ def test_harmonised_image_is_noised_with_the_noise_of_the_start(renoise, expecte
     g = golden("thor/guidance_step")
     detector = THOR(Stub(), level=60, harmonise=[50], renoise=renoise)
     detector.mask = lambda scaled: g["mask13"]
-    walk = Walk(g["x"], g["n0"], torch.zeros_like(g["x"]), [])
-    detector.advance(walk, detector.to_network(g["x0_hat"]), g["a_image"], int(g["t"]), int(g["t"]) - 1)
-    torch.testing.assert_close(walk.x_t, g[expected], atol=1e-5, rtol=0)
+    state = Sampling(g["x"], g["n0"], torch.zeros_like(g["x"]), [])
+    detector.advance(state, detector.to_network(g["x0_hat"]), g["a_image"], int(g["t"]), int(g["t"]) - 1)
+    torch.testing.assert_close(state.x_t, g[expected], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("symmetric", "expected"), [(True, "harmonised"), (False, "harmonised_01space")])
@@ -176,12 +176,12 @@ def test_filters_run_within_a_slice_only():
     """The reference's Gaussian filter runs over the batch too."""
     g = golden("thor/guidance_step")
     detector = THOR(Stub(), perceptual=Fixed(g["S"]))
-    walk = Walk(g["x"], g["n0"], g["x"], [])
-    together = detector.disagreement(walk, detector.to_network(g["x0_hat"]))
+    state = Sampling(g["x"], g["n0"], g["x"], [])
+    together = detector.disagreement(state, detector.to_network(g["x0_hat"]))
     assert (together - g["product_all_axes"]).abs().max() > 0.01
     for i in range(3):
         detector.perceptual.value = g["S"][i : i + 1]
-        one = Walk(*(v[i : i + 1] for v in (g["x"], g["n0"], g["x"])), [])
+        one = Sampling(*(v[i : i + 1] for v in (g["x"], g["n0"], g["x"])), [])
         alone = detector.disagreement(one, detector.to_network(g["x0_hat"][i : i + 1]))
         torch.testing.assert_close(alone[0], together[i], atol=1e-7, rtol=0)
         smooth = ndimage.gaussian_filter(g["S"][i, 0].numpy(), 2.0, mode="reflect")
@@ -220,7 +220,7 @@ def test_healthy_slice_stays_low_with_the_fixed_scale_only():
     ],
 )
 def test_calls_of_the_network_and_maps(settings, calls, maps):
-    """Those of the two published variants, and of coarse walks."""
+    """Those of the two published variants, and of coarse sampling."""
     settings = {key: list(value) if isinstance(value, range) else value for key, value in settings.items()}
     detector = THOR(Stub(), perceptual=ToyMap(), **settings)
     detector.detect(slices(1))
@@ -239,9 +239,9 @@ def test_what_is_harmonised_is_collected():
     [
         ({"level": 350, "max_timestep": 350}, "index 350 is not trained, .* below 350; choose a level of at most 349"),
         ({"level": 1000}, "index 1000 is outside the schedule"),
-        ({"harmonise": [400]}, "index 400 is not on the walk of 351 steps; choose among 350 to 0"),
+        ({"harmonise": [400]}, "index 400 is not among the 351 that are sampled at; choose among 350 to 0"),
         ({"level": 300, "num_inference_steps": 4, "harmonise": [150]}, "choose among 300, 200, 100, 0"),
-        ({"level": 300, "num_inference_steps": 4, "collect": [250]}, "collect: index 250 is not on the walk"),
+        ({"level": 300, "num_inference_steps": 4, "collect": [250]}, "collect: index 250 is not among the"),
         ({"harmonise": [], "collect": []}, "no step is collected"),
         ({"window": 12}, "choose an odd window"),
         ({"sigma_px": -1.0}, "sigma of 0 or more"),
@@ -323,12 +323,12 @@ def test_fitted_scales_are_exceeded_by_few_healthy_pixels_in_any_batches():
     assert set(fitted.nonzero().flatten().tolist()) == detector.collect == {30, 20, 10, 0}
     detector.fit_threshold([image])
     torch.testing.assert_close(detector.threshold, fitted, atol=1e-5, rtol=1e-4)
-    walk, shares = detector.begin(image, generators(*range(8))), []
+    state, shares = detector.begin(image, generators(*range(8))), []
     for t, t_prev in detector.steps:
-        x0 = detector.clean(walk, t)
-        a = detector.scaled(detector.disagreement(walk, x0), t)
+        x0 = detector.clean(state, t)
+        a = detector.scaled(detector.disagreement(state, x0), t)
         shares.append((a[image > 0] > 1 + 1e-4).double().mean().item())
-        detector.advance(walk, x0, a, t, t_prev)
+        detector.advance(state, x0, a, t, t_prev)
     assert max(shares) <= 0.001
     assert all(detector.scaled(torch.full((1, 1, 1, 1), float(fitted[t])), t) == pytest.approx(1) for t in (30, 0))
 
