@@ -5,10 +5,10 @@ For the scripts that compare what is done to an image before the network and to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from measure_sites import on_grid
@@ -80,12 +80,7 @@ class PreparedBrains:
 
     def __call__(self, item: dict[str, Any]) -> Brain:
         """Of an item of the cohort."""
-        path = self._path("prepared", str(item["subject"]))
-        if path is not None and path.is_file():
-            kept = torch.load(path, weights_only=True)
-        else:
-            kept = self._prepare(item)
-            save(kept, path)
+        kept = self.kept("prepared", str(item["subject"]), lambda: self._prepare(item))
         image = MetaTensor(kept["image"], affine=kept["affine"])
         return Brain(str(item["subject"]), str(item.get("site", "")), str(item["split"]), image, kept["lesion"])
 
@@ -97,25 +92,23 @@ class PreparedBrains:
             lesion = on_grid(load_lesion(str(item["lesion"]), data["brain"]), image) & (image.as_tensor() > 0)
         return {"image": image.as_tensor(), "affine": image.affine, "lesion": lesion}
 
-    @torch.no_grad()
     def raw_map(self, variant: str, subject: str, image: Tensor) -> Tensor:
         """The map (1, H, W, D) float of an image (1, H, W, D), before the normalisation."""
-        path = self._path(f"{self.method}-{variant}", subject)
-        if path is not None and path.is_file():
-            return torch.load(path, weights_only=True).float()
-        anomaly_map = self.network(torch.as_tensor(image)[None])[0, :1]
-        save(anomaly_map.half(), path)
-        return anomaly_map.half().float()
 
-    def _path(self, group: str, subject: str) -> Path | None:
-        return None if self.folder is None else self.folder / group / f"{subject}.pt"
+        def detect() -> Tensor:
+            return cast(Tensor, self.network(torch.as_tensor(image)[None])[0, :1].half())
 
+        return cast(Tensor, self.kept(f"{self.method}-{variant}", subject, detect)).float()
 
-def save(content: Any, path: Path | None) -> None:
-    """Keep tensors, where a folder was given."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, path)
+    def kept(self, group: str, subject: str, make: Callable[[], Any]) -> Any:
+        """Tensors of a subject from the folder; where they are not there, made and put there."""
+        if self.folder is None:
+            return make()
+        path = self.folder / group / f"{subject}.pt"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(make(), path)
+        return torch.load(path, weights_only=True)
 
 
 def evaluated(pairs: Iterable[tuple[Brain, Tensor]], threshold: float) -> dict[str, dict[str, Any]]:
