@@ -3,9 +3,9 @@
     python scripts/measure_abnormal_share.py COHORT.csv -m KEY --masks DIR -o OUT.json [--first 2] [--kept DIR]
 
 Into the first healthy test subjects of each site lesions are put that fill 5, 15 and 30 % of the brain: a real mask in
-MNI152 space of DIR, another one for each subject, grown or shrunk evenly within its hemisphere, filled as a chronic and
-as an acute stroke. The bias field is corrected and the intensities are scaled again, tissues and map as shipped.
-Printed: a table, means over the subjects.
+MNI152 space of DIR, another one for each subject, grown or shrunk evenly within its hemisphere, filled as a cavity. The
+bias field is corrected and the intensities are scaled again, tissues and map as shipped. Printed: means over the
+subjects.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ from common.transforms.registration import mni_transform, onto, template
 from common.workflows.evaluation import write_result
 
 SHARES = (0.05, 0.15, 0.30)
-KINDS = ("chronic_stroke", "acute_stroke")
 MEASURES = ("abnormal_share", "tissue_shift", "map_scale", "recall", "share_of_the_rest")
 
 
 def main() -> None:
-    """Print a line a kind and share, and write each subject's figures as JSON."""
+    """Print a line a share, and write each subject's figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cohort", type=Path)
     parser.add_argument("-m", "--method", required=True)
@@ -57,11 +56,11 @@ def main() -> None:
         for row in measured(prepared, prepared(item), mask):
             print(row, flush=True)
             rows.append(row)
-    for kind, share in dict.fromkeys((row["kind"], row["share"]) for row in rows):
-        group = [row for row in rows if (row["kind"], row["share"]) == (kind, share)]
+    for share in (0.0, *SHARES):
+        group = [row for row in rows if row["share"] == share]
         means = {name: np.mean([row[name] for row in group if row[name] is not None] or np.nan) for name in MEASURES}
         unreliable = sum(bool(row["doubts"]) for row in group)
-        print(kind, share, {name: round(float(x), 4) for name, x in means.items()}, "unreliable", unreliable)
+        print(share, {name: round(float(x), 4) for name, x in means.items()}, "unreliable", unreliable)
     about = {"key": arguments.method, "weights_sha256": prepared.weights_sha256, "seed": 0, "versions": versions()}
     write_result(about | {"volumes": rows}, arguments.output)
 
@@ -71,14 +70,13 @@ def measured(prepared: PreparedBrains, brain: Brain, mask: Path) -> Iterator[dic
     inside = MetaTensor(brain.inside, affine=brain.image.affine)
     to_subject = np.linalg.inv(mni_transform(brain.image, inside))
     healthy = again(prepared, brain.image)
-    yield figures(prepared, brain, healthy, healthy["image"].as_tensor(), "none", 0.0, torch.zeros_like(brain.inside))
+    yield figures(prepared, brain, healthy, healthy["image"].as_tensor(), 0.0, torch.zeros_like(brain.inside))
     for share in SHARES:
         grown, affine = grown_mask(mask, share)
-        for kind in KINDS:
-            insert = InsertLesions(kind, atlas_mask=grown, atlas_affine=affine, mni_to_subject=to_subject)
-            image, lesion = insert(brain.image, inside, subject=brain.subject)
-            abnormal = torch.as_tensor(lesion) > 0
-            yield figures(prepared, brain, again(prepared, image), healthy["image"].as_tensor(), kind, share, abnormal)
+        insert = InsertLesions("chronic_stroke", atlas_mask=grown, atlas_affine=affine, mni_to_subject=to_subject)
+        image, lesion = insert(brain.image, inside, subject=brain.subject)
+        abnormal = torch.as_tensor(lesion) > 0
+        yield figures(prepared, brain, again(prepared, image), healthy["image"].as_tensor(), share, abnormal)
 
 
 def again(prepared: PreparedBrains, image: Any) -> dict[Any, Any]:
@@ -112,13 +110,12 @@ def figures(
     brain: Brain,
     data: dict[Any, Any],
     healthy: Tensor,
-    kind: str,
     share: float,
     lesion: Tensor,
 ) -> dict[str, Any]:
     """Of one volume. `tissue_shift`: mean difference of the image beside the lesion from the one without a lesion."""
     image, network = data["image"].as_tensor(), prepared.network
-    raw = prepared.raw_map(f"{kind}-{share:g}", brain.subject, image)
+    raw = prepared.raw_map(f"abnormal-{share:g}", brain.subject, image)
     anomaly_map, scale = network.normalisation(raw, brain.inside)
     above = anomaly_map > float(network.calibration.threshold)
     rest = brain.inside & ~lesion
@@ -127,7 +124,6 @@ def figures(
     return {
         "subject": brain.subject,
         "site": brain.site,
-        "kind": kind,
         "share": share,
         "abnormal_share": float(lesion.sum() / brain.inside.sum()),
         "tissue_modes": modes,

@@ -1,7 +1,7 @@
 """Compare ways to bring the intensities of another scanner to those of the training data, before a network.
 
     pip install intensity-normalization
-    python scripts/measure_standardisation.py COHORT.csv -m KEY -o OUT.json [--kept DIR]
+    python scripts/measure_standardisation.py COHORT.csv -m KEY -o OUT.json [--ways nyul ...] [--kept DIR]
 
 COHORT as for `measure_sites.py`. Besides no way and that of the bundle: Nyul, FCM, WhiteStripe and LSQ of
 `intensity-normalization`, and MONAI's `HistogramNormalize`. They are fitted on the healthy subjects of the split `val`
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("cohort", type=Path)
     parser.add_argument("-m", "--method", required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--ways", nargs="+", choices=[*LIBRARY, FLAT], default=[*LIBRARY, FLAT], help="besides its own")
     parser.add_argument("--kept", type=Path, help="folder of prepared brains and raw maps")
     arguments = parser.parse_args()
 
@@ -65,7 +66,7 @@ def main() -> None:
     healthy = [brain for brain in brains if brain.split == "val" and brain.site == brains[0].site]
     tested = [brain for brain in brains if brain.split == "test"]
     ways: dict[str, Way] = {AS_LEARNED: lambda image: image, OWN: own_way(prepared)}
-    ways |= {name: library_way(name, healthy) for name in LIBRARY} | {FLAT: flat_way(healthy)}
+    ways |= {name: flat_way(healthy) if name == FLAT else library_way(name, healthy) for name in arguments.ways}
     results = {name: measure(prepared, name, way, healthy, tested) for name, way in ways.items()}
     rows: dict[str, Any] = {}
     for name, (of_images, of_maps) in results.items():
