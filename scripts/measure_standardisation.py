@@ -3,7 +3,7 @@
     pip install intensity-normalization
     python scripts/measure_standardisation.py COHORT.csv -m KEY -o OUT.json [--ways nyul ...] [--kept DIR]
 
-COHORT as for `measure_sites.py`. Besides no way and that of the bundle: Nyul, FCM, WhiteStripe and LSQ of
+COHORT as for `measure_sites.py`. Besides no way and that of the bundle: Nyul, FCM and WhiteStripe of
 `intensity-normalization`, and MONAI's `HistogramNormalize`. They are fitted on the healthy subjects of the split `val`
 of the first site, that of the training data, and all but the last give units of their own, which one linear map, the
 same for all images, brings to those of the training data. The last makes histograms flat; the mean histogram of these
@@ -40,11 +40,10 @@ from common.workflows.evaluation import write_result
 Way = Callable[[np.ndarray], np.ndarray]  # an image (H, W, D) to another, of whose background nothing is asked
 
 AS_LEARNED, OWN = "as-learned", "standardised"
-LIBRARY = {
+LIBRARY = {  # its LSQ, another single factor, fails with NumPy 2.4 (version 3.0.1)
     "nyul": "population.nyul.NyulNormalizer",
     "fcm": "individual.fcm.FCMNormalizer",
     "whitestripe": "individual.whitestripe.WhiteStripeNormalizer",
-    "lsq": "population.lsq.LSQNormalizer",
 }
 FLAT = "histogram"
 BINS, GRID = 256, 1000
