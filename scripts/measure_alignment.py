@@ -1,11 +1,11 @@
 """Compare boxes around the brain with an affine registration to MNI152, for the healthy atlas and for the mirror plane.
 
-    python scripts/measure_alignment.py COHORT.csv -m KEY -o OUT.json [--kept DIR]
+    python scripts/measure_alignment.py COHORT.csv -m KEY -o OUT.json [--masks-only] [--kept DIR]
 
 COHORT as for `measure_sites.py`. All four combinations do steps 1 to 4 of the normalisation with its shipped settings
 on the same raw maps; atlas and threshold of each are fitted on the healthy subjects of the split `val`. Printed: a line
 a combination and site; beside the figures the AUPRC minus that of boxes alone, in the same resamples, and the seconds
-of one core a case.
+of one core a case. `--masks-only` registers the masks of the brains and leaves their intensities out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ from common.detection.normalisation import (
 )
 from common.report.benchmark_table import cell
 from common.results.case import versions
-from common.transforms.registration import mni_grid, mni_transform
+from common.transforms import registration
+from common.transforms.registration import mni_grid
 from common.workflows.calibrate import threshold_of
 from common.workflows.evaluation import write_result
 
@@ -64,11 +66,12 @@ def main() -> None:
     parser.add_argument("cohort", type=Path)
     parser.add_argument("-m", "--method", required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--masks-only", action="store_true", help="leave the intensities out of the registration")
     parser.add_argument("--kept", type=Path, help="folder of prepared brains and raw maps")
     arguments = parser.parse_args()
 
     prepared = PreparedBrains(arguments.method, arguments.kept)
-    cases = [case_of(prepared, item) for item in prepared.cohort(arguments.cohort)]
+    cases = [case_of(prepared, item, arguments.masks_only) for item in prepared.cohort(arguments.cohort)]
     settings = prepared.network.normalisation
     results, seconds = {}, {}
     for atlas_by in (BOX, AFFINE):
@@ -87,7 +90,7 @@ def main() -> None:
     write_result(about | {"combinations": rows}, arguments.output)
 
 
-def case_of(prepared: PreparedBrains, item: dict[str, Any]) -> Case:
+def case_of(prepared: PreparedBrains, item: dict[str, Any], masks_only: bool = False) -> Case:
     """With the registration of the image that the network sees."""
     brain = prepared(item)
     image = prepared.standardise({"image": brain.image})["image"]
@@ -96,11 +99,23 @@ def case_of(prepared: PreparedBrains, item: dict[str, Any]) -> Case:
 
     def register() -> tuple[Tensor, float]:
         started = time.process_time()
-        to_mni = mni_transform(image, MetaTensor(brain.inside, affine=image.affine))
+        estimate = masks_transform if masks_only else registration.mni_transform
+        to_mni = estimate(image, MetaTensor(brain.inside, affine=image.affine))
         return torch.from_numpy(to_mni @ np.asarray(image.affine)), time.process_time() - started
 
-    to_mni, seconds = prepared.kept("registered", brain.subject, register)
+    to_mni, seconds = prepared.kept("registered-masks" if masks_only else "registered", brain.subject, register)
     return Case(brain, z, inside, to_mni.numpy(), seconds)
+
+
+def masks_transform(image: MetaTensor, brain: MetaTensor) -> np.ndarray:
+    """`mni_transform` without its last step, which compares intensities."""
+    register = registration.register
+
+    def of_masks(*images: Any, information: bool = True, **settings: Any) -> float:
+        return 0.0 if information else register(*images, information=False, **settings)
+
+    with patch.object(registration, "register", of_masks):
+        return registration.mni_transform(image, brain)
 
 
 def measure(

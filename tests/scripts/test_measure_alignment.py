@@ -73,3 +73,14 @@ def test_an_affine_atlas_comes_back(script, case_of):
     inner = -torch.nn.functional.max_pool3d(-depth[None, None].float(), 9, 1, 4)[0, 0].numpy() > 0
     assert np.abs(back - smooth)[inner].max() < 0.05
     assert isinstance(case.brain.image, MetaTensor)
+
+
+def test_masks_alone_are_registered(script):
+    """Intensities that would lead the registration astray do not count."""
+    image, mask = template()
+    brain = MetaTensor(mask.as_tensor() > 0, affine=image.affine)
+    flat = MetaTensor(torch.rand(image.shape, generator=torch.Generator().manual_seed(0)) * brain, affine=image.affine)
+    by_masks = [script.masks_transform(x, brain) for x in (image, flat)]
+    assert np.array_equal(*by_masks)
+    points = nib.affines.apply_affine(by_masks[0], np.array([[-40.0, -20, 10], [40, 20, 30]]))
+    assert np.abs(points - [[-40, -20, 10], [40, 20, 30]]).max() < 2.0
