@@ -23,7 +23,8 @@ class AnoDDPM(DDPM):
     Args:
         unet, scheduler: see `DDPM`; by default the steps' variance is beta_t ("fixed_large").
         level: lambda; level 250 starts at index 249.
-        forward_noise: of training and of the way up; simplex by default, `gaussian_noise` is the paper's comparison.
+        forward_noise: of training and of the forward process; simplex by default, `gaussian_noise` is the paper's
+            comparison.
         reverse_noise: of the steps down; simplex in the published evaluation, `gaussian_noise` in its code's default.
         settings: the other arguments of `DDPM`.
     """

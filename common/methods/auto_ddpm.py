@@ -30,7 +30,7 @@ from .ddpm import DDPM, DDPMObjective, sampling_steps
 
 @dataclass(frozen=True)
 class Stitched:
-    """What AutoDDPM makes on the way, in [0, 1]: images (B, C, H, W), map and mask (B, 1, H, W)."""
+    """What AutoDDPM makes before its result, in [0, 1]: images (B, C, H, W), map and mask (B, 1, H, W)."""
 
     coarse: Tensor
     combined: Tensor

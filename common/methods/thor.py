@@ -1,6 +1,6 @@
 """THOR: temporal harmonization for optimal restoration (Bercea et al., MICCAI 2024, arXiv 2403.08464).
 
-Partial diffusion as in `ddpm`, which also changes what is healthy. So at some steps of the way back the predicted
+Partial diffusion as in `ddpm`, which also changes what is healthy. So at some steps of sampling the predicted
 healthy image is harmonised: where it agrees with the slice already, in intensity and perceptually, the slice itself
 takes its place, and sampling goes on from there. The map is what disagreed at every step. It needs no training of its
 own: it runs on the weights of `ddpm`, or with simplex noise on those of `ano_ddpm`.
@@ -50,7 +50,7 @@ class THOR(DDPM):
     Args:
         unet, scheduler, level, num_inference_steps, settings: see `DDPM`; published: level 350 and every index, with
             simplex noise level 250.
-        noise: that of the way up and down, which the network was trained on: "gaussian" for weights of `ddpm`,
+        noise: of the forward and the reverse process, which the network was trained on: "gaussian" for weights of `ddpm`,
             "simplex" for those of `ano_ddpm`.
         perceptual: S, map (B, 1, H, W) >= 0 of two images in [0, 1], see `auto_ddpm`; None for 1 everywhere.
         harmonise: indices to harmonise at; None: all that are sampled at but the first and last. Published: 300, 150,

@@ -217,12 +217,12 @@ def _check_equal(
 
 @contextmanager
 def _untraceable(name: str) -> Iterator[None]:
-    """Of any kind are the errors of what a trace cannot hold. Raises BundleError."""
+    """Turn whatever error a trace ends in into a BundleError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
-            )  # of what might be wrong with a trace; whether it is, `_check_equal` measures
+            )  # a trace warns of what might be wrong; `_check_equal` measures whether it is
             yield
     except Exception as error:
         cause = error.fact if isinstance(error, BundleError) else f"{type(error).__name__}: {str(error).strip()[:200]}"

@@ -1,4 +1,4 @@
-"""The way of a whole head to the network, windowed CT or MR: head and skull, slices of one size."""
+"""The preprocessing of a whole head, windowed CT or MR: head and skull, slices of one size."""
 
 from __future__ import annotations
 

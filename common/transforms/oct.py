@@ -1,4 +1,4 @@
-"""The way of retinal OCT to the network: whole B-scans of one size, all of which is looked at."""
+"""The preprocessing of retinal OCT: whole B-scans of one size, all of which is looked at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The way of a brain volume to the network, as one MONAI `Compose` that is the same for training and inference."""
+"""The preprocessing of a brain volume, as one MONAI `Compose` that is the same for training and inference."""
 
 from __future__ import annotations
 
