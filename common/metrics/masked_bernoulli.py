@@ -82,8 +82,8 @@ def relative_maps(maps: NDArray[Any], branch: Branch = "sum") -> NDArray[np.floa
     """Median, sum ("sum"), clip to percentiles, min-max over the slice: (N, C, H, W) -> (N, 1 or C, H, W) in [0, 1]."""
     smooth = ndimage.median_filter(maps.astype(np.float32), size=(1, 1, MEDIAN_SIZE, MEDIAN_SIZE))
     if branch == "sum":
-        smooth = smooth.sum(axis=1, keepdims=True)
-    low, high = np.percentile(smooth, PERCENTILES, axis=(2, 3), keepdims=True).astype(np.float32)
+        smooth = smooth.sum(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+    low, high = np.percentile(smooth.astype(np.float64), PERCENTILES, axis=(2, 3), keepdims=True).astype(np.float32)
     return min_max(np.clip(smooth, low, high))
 
 
