@@ -1,15 +1,23 @@
-"""The anomaly map of the sample by every way that a bundle is run, beside `monai.bundle run` in this repository.
+"""The anomaly map of each bundle's sample by every way that it is run, and with other versions of the libraries.
 
-    python apps/compare.py mad_ad berdiff --alone build/alone --label label/environment --deploy ~/deploy
+    python apps/compare.py mad_ad berdiff --alone build/alone --label label/environment --deploy ~/deploy --write
+    python apps/compare.py --oldest build/oldest
+    python apps/compare.py --table
 
-Printed: a row a bundle, with the largest difference of the map by the exported zip, MONAI Label and MONAI Deploy; 0 is
-the same bits. The options are folders of environments: that of `--alone` is made, with the exported bundles' own
-`requirements.txt` and nothing else, where it is missing; the other two are those of the READMEs beside this file. MONAI
-Deploy reads the sample as a DICOM series, and so does the run that it is compared with.
+Printed: a row a bundle, with the largest difference of the map to that of this environment by each way whose
+environment is given, see `ROADS`; 0 is the same bits. The exit code is 1 where one is above the bundle's tolerance.
+`--write` keeps the rows in docs/export.json and puts the table into docs/export.md; `--table` does the latter alone,
+for after the weights of a bundle changed.
+
+The environment of `--alone` is made, with the exported bundles' own `requirements.txt` and nothing else, where it is
+missing; that of `--oldest` is made by oldest.sh, the other two as the READMEs beside this file say. MONAI Label and
+MONAI Deploy are asked for the bundles for brain T1 only. MONAI Deploy reads the sample as a DICOM series, and so does
+the run that it is compared with.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shlex
@@ -19,75 +27,213 @@ import sys
 import time
 import venv
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.request import urlopen
 
 import nibabel as nib
 import numpy as np
+import torch
 import typer
 
-from common.bundle import BUNDLES_DIR, metadata
+from common.bundle import BUNDLES_DIR, available_bundles, load_workflow, metadata
 from common.cohorts.table import sample_dir
 from common.errors import UADError
+from common.files import replacing
+from common.weights import sha256
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+PAGE = ROOT / "docs" / "export.md"
+MARKERS = "<!-- roads: apps/compare.py -->", "<!-- roads end -->"
+ROADS = {
+    "alone": "exported zip",
+    "label": "MONAI Label",
+    "deploy": "MONAI Deploy",
+    "oldest": "oldest versions",
+    "last_bit": "last bit of the image",
+}
+PACKAGES = ("numpy", "scipy", "simpleitk", "monai", "torch")  # what can change a bit
+TOLERANCE = 1e-4  # of the highest value of the map
+# bundles whose method decides inside: where a decision falls the other way, the map around it is another one. Of its
+# voxels this share may differ by more than the tolerance
+DECIDING_SHARE = 0.02
+DECIDING = (
+    "ar_transformer_headct",
+    "auto_ddpm",
+    "berdiff",
+    "berdiff_glioma",
+    "latent_ddpm",
+    "latent_ddpm_headct",
+    "mad_ad",
+)
 IMAGE = Path(sample_dir()) / "mni152_lesions_T1.nii.gz"
 NAME = IMAGE.name.removesuffix(".nii.gz")
 STARTED_WITHIN_S = 600
-decode = runpy.run_path(str(HERE / "monai_deploy" / "test_app.py"))["decode"]  # DICOM to an image in RAS
+RUN = (
+    "import sys; from common.bundle import run_inference; "
+    "[run_inference(key, ['inference.json'], output_dir=f'{sys.argv[1]}/{key}') for key in sys.argv[2:]]"
+)
+VERSIONS = f"from importlib.metadata import version; print(*(version(name) for name in {PACKAGES}))"
 
 
 def main(
-    keys: Annotated[list[str], typer.Argument(help="Bundles for brain T1.")],
-    alone: Annotated[Path, typer.Option(help="Environment of the exported bundles.")],
-    label: Annotated[Path, typer.Option(help="Environment of MONAI Label.")],
-    deploy: Annotated[Path, typer.Option(help="Environment of MONAI Deploy.")],
+    keys: Annotated[list[str] | None, typer.Argument(help="Bundles; default: all.")] = None,
+    alone: Annotated[Path | None, typer.Option(help="Environment of the exported bundles.")] = None,
+    label: Annotated[Path | None, typer.Option(help="Environment of MONAI Label.")] = None,
+    deploy: Annotated[Path | None, typer.Option(help="Environment of MONAI Deploy.")] = None,
+    oldest: Annotated[Path | None, typer.Option(help="Environment with the oldest versions.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Keep the rows, and put the table into the page.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Only put the table of the kept rows into the page.")] = False,
 ) -> None:
     """Print the table."""
-    try:
-        for key in keys:
-            metadata(key)
-    except UADError as error:
-        raise typer.BadParameter(str(error)) from None
-    alone, label, deploy = (path.expanduser().resolve() for path in (alone, label, deploy))
+    kept = read_rows()
+    if not table:
+        given = {"alone": alone, "label": label, "deploy": deploy, "oldest": oldest}
+        environments = {road: path.expanduser().resolve() for road, path in given.items() if path}
+        try:
+            rows = measure(keys or available_bundles(), environments)
+        except UADError as error:
+            raise typer.BadParameter(str(error)) from None
+        print(as_table(rows))
+        kept = joined(kept, rows)
+        if write:
+            with replacing(PAGE.with_suffix(".json")) as temporary:
+                temporary.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    if write or table:
+        text = page(kept)
+        with replacing(PAGE) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    if not table and (worse := [f"{key} by {ROADS[road]}" for key, road in above_tolerance(rows)]):
+        raise SystemExit(f"above the tolerance: {', '.join(worse)}")
+
+
+def measure(keys: list[str], environments: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """A row a bundle, by its key. Raises UADError."""
+    of_t1 = [key for key in keys if metadata(key)["modalities"] == ["T1"]]
+    ways = {"alone": run_alone, "label": run_label, "deploy": run_deploy}
+    rows = {}
     with TemporaryDirectory() as folder:
         work = Path(folder)
-        call(f"{python()} {HERE}/monai_deploy/make_dicom.py {work}/series")
-        call(f"{HERE}/monai_label/prepare.sh {work}/app {shlex.join(keys)}", PATH=path_of(sys.prefix))
-        (work / "studies").mkdir()
-        (work / "studies" / IMAGE.name).symlink_to(IMAGE)
-        print("| bundle | highest value | exported zip | MONAI Label | MONAI Deploy |\n|---|---|---|---|---|")
-        with server(work, label) as address:
+        if "oldest" in environments:
+            old = python(environments["oldest"])
+            call(f"{old} -c {shlex.quote(RUN)} {work}/oldest {shlex.join(keys)}", work, PYTHONPATH=str(ROOT))
+        if "deploy" in environments:
+            call(f"{python()} {HERE}/monai_deploy/make_dicom.py {work}/series")
+        with server(work, environments.get("label"), of_t1):
             for key in keys:
-                print(row(key, work, alone, address, deploy), flush=True)
+                here = run_here(key, work / "here")
+                found = {"last_bit": difference(here, run_here(key, work / "nudged", nudge=True))}
+                for road, environment in environments.items():
+                    if road == "oldest":
+                        found[road] = difference(here, map_in(work / "oldest" / key))
+                    elif road == "alone" or key in of_t1:
+                        base = run_here(key, work / "of_series", image=work / "series") if road == "deploy" else here
+                        found[road] = difference(base, ways[road](key, work, environment))
+                rows[key] = {
+                    "weights_sha256": sha256(BUNDLES_DIR / key / "models" / "model.pt"),
+                    "highest": float(np.asanyarray(here.dataobj).max()),
+                    "roads": found,
+                    "versions": {"here": versions(), **{road: versions(path) for road, path in environments.items()}},
+                }
+    return rows
 
 
-def row(key: str, work: Path, alone: Path, address: str, deploy: Path) -> str:
-    """A line of the table."""
-    here = run_here(key, IMAGE, work / key / "here")
-    differences = (
-        difference(here, run_alone(key, work / key, alone)),
-        difference(here, run_label(key, work / key, address)),
-        difference(run_here(key, work / "series", work / key / "series"), run_deploy(key, work, deploy)),
-    )
-    return f"| {key} | {np.asanyarray(here.dataobj).max():.4g} | " + " | ".join(f"{d:.2g}" for d in differences) + " |"
+def joined(kept: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
+    """New rows over those that were kept; what was not measured again stays where the weights are the same."""
+    result = dict(kept)
+    for key, row in rows.items():
+        old = kept.get(key, {})
+        same = old.get("weights_sha256") == row["weights_sha256"]
+        result[key] = row | {part: (old[part] if same else {}) | row[part] for part in ("roads", "versions")}
+    return dict(sorted(result.items()))
 
 
-def run_here(key: str, image: Path, output: Path) -> nib.Nifti1Image:
-    """`monai.bundle run` in this repository."""
-    config = BUNDLES_DIR / key / "configs" / "inference.json"
-    call(f"{python()} -m monai.bundle run --config_file {config} --image {image} --output_dir {output}")
+def above_tolerance(rows: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Bundle and way of each difference that is too large; what a changed image does is told, not judged."""
+    return [
+        (key, road)
+        for key, row in rows.items()
+        for road, found in row["roads"].items()
+        if road != "last_bit" and found["share"] > (DECIDING_SHARE if key in DECIDING else 0)
+    ]
+
+
+def read_rows() -> dict[str, Any]:
+    """The rows that were kept."""
+    path = PAGE.with_suffix(".json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def page(rows: Mapping[str, Any]) -> str:
+    """The text of docs/export.md with the table of these rows."""
+    with_table = runpy.run_path(str(ROOT / "scripts" / "make_methods_table.py"))["with_table"]
+    return with_table(PAGE, MARKERS, as_table(rows))
+
+
+def as_table(rows: Mapping[str, Any]) -> str:
+    """In Markdown, and below it the versions that were compared."""
+    lines = [["bundle", "highest value", *ROADS.values()], ["---"] * (2 + len(ROADS))]
+    for key, row in rows.items():
+        path = BUNDLES_DIR / key / "models" / "model.pt"
+        is_old = not path.is_file() or sha256(path) != row["weights_sha256"]
+        name = f"{key} (measured with older weights)" if is_old else key
+        lines.append([name, f"{row['highest']:.4g}", *(cell(row["roads"].get(road)) for road in ROADS)])
+    compared = {
+        f"{'this repository' if road == 'here' else ROADS[road]}: "
+        + ", ".join(f"{name} {version}" for name, version in zip(PACKAGES, of_road, strict=True))
+        for row in rows.values()
+        for road, of_road in row["versions"].items()
+    }
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *(f"* {text}" for text in sorted(compared))])
+
+
+def cell(found: Mapping[str, float] | None) -> str:
+    """`0`, `2e-08`, or with the share of the voxels that differ, `0.03 (0.12 % of the voxels)`; a dash for none."""
+    if found is None:
+        return "-"
+    largest = f"{found['largest']:.2g}"
+    return largest if found["share"] == 0 else f"{largest} ({100 * found['share']:.2g} % of the voxels)"
+
+
+def run_here(key: str, output: Path, image: Path | None = None, nudge: bool = False) -> nib.Nifti1Image:
+    """The bundle as it lies in this repository, on its sample or another image.
+
+    nudge: the network is given each voxel of the prepared image as the next smaller float32 number.
+    """
+    given = {} if image is None else {"image": str(image)}
+    workflow = load_workflow(key, ["inference.json"], output_dir=str(output / key), **given)
+    workflow.initialize()
+    evaluator = workflow.parser.get_parsed_content("evaluator")
+    if nudge:
+        evaluator.network.register_forward_pre_hook(lambda _, images: (nudged(images[0]),))
+    evaluator.run()
+    return map_in(output / key)
+
+
+def nudged(image: torch.Tensor) -> torch.Tensor:
+    """Every voxel that is not 0 as the float32 number that is next to it towards 0."""
+    return torch.nextafter(image, torch.zeros_like(image))
+
+
+def map_in(output: Path) -> nib.Nifti1Image:
+    """The map of the only case in a folder of results."""
     return nib.load(next(output.rglob("anomaly_map.nii.gz")))
+
+
+def versions(environment: Path | str = sys.prefix) -> list[str]:
+    """Of `PACKAGES` in an environment."""
+    done = subprocess.run([python(environment), "-c", VERSIONS], capture_output=True, text=True, check=True)  # noqa: S603
+    return done.stdout.split()
 
 
 def run_alone(key: str, work: Path, environment: Path) -> nib.Nifti1Image:
     """The archive, unpacked, from another folder, without this repository on any path."""
-    call(f"{path_of(sys.prefix)}/uad export {key} -o {work}/exported")
+    work = work / "of_alone" / key
+    call(f"{python()} -m common export {key} -o {work}/exported")
     with zipfile.ZipFile(work / "exported" / f"{key}.zip") as archive:
         archive.extractall(work / "alone")
     if not environment.exists():
@@ -96,28 +242,36 @@ def run_alone(key: str, work: Path, environment: Path) -> nib.Nifti1Image:
     config = f"{work}/alone/{key}/configs/inference.json"
     command = f"{python(environment)} -m monai.bundle run --config_file {config} --output_dir {work}/alone/out"
     call(command, cwd=work, PYTHONPATH="")
-    return nib.load(work / "alone" / "out" / NAME / "anomaly_map.nii.gz")
+    return map_in(work / "alone" / "out")
 
 
-def run_label(key: str, work: Path, address: str) -> nib.Nifti1Image:
-    """The float map of the server."""
+def run_label(key: str, work: Path, environment: Path) -> nib.Nifti1Image:
+    """The float map of the server that is up."""
+    address, output = (work / "address").read_text(encoding="utf-8"), work / f"{key}_label.nii.gz"
     url = shlex.quote(f"{address}/infer/{key}?image={NAME}&output=image")
-    call(f"curl -sf -X POST {url} -F 'params={{\"save_map\": true}}' -o {work}/label.nii.gz")
-    return nib.load(work / "label.nii.gz")
+    call(f"curl -sf -X POST {url} -F 'params={{\"save_map\": true}}' -o {output}")
+    return nib.load(output)
 
 
 def run_deploy(key: str, work: Path, environment: Path) -> nib.Nifti1Image:
     """The DICOM Parametric Map of the application."""
+    decode = runpy.run_path(str(HERE / "monai_deploy" / "test_app.py"))["decode"]  # DICOM to an image in RAS
     libraries = next(environment.glob("lib/python*/site-packages/nvidia/cu13")) / "lib"
-    output = work / key / "deploy"
+    output = work / "of_deploy" / key
     command = f"{python(environment)} {HERE}/monai_deploy/app -i {work}/series -m {BUNDLES_DIR / key} -o {output}"
     call(f"ulimit -s 32768 && {command}", LD_LIBRARY_PATH=str(libraries))
     return decode(output / "anomaly_map.dcm")
 
 
 @contextmanager
-def server(work: Path, environment: Path) -> Iterator[str]:
-    """MONAI Label with the app in `work`; its address."""
+def server(work: Path, environment: Path | None, keys: list[str]) -> Iterator[None]:
+    """MONAI Label with these bundles, its address in the file `address` in `work`; nothing without an environment."""
+    if environment is None:
+        yield
+        return
+    call(f"{HERE}/monai_label/prepare.sh {work}/app {shlex.join(keys)}", PATH=path_of(sys.prefix))
+    (work / "studies").mkdir()
+    (work / "studies" / IMAGE.name).symlink_to(IMAGE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -138,7 +292,8 @@ def server(work: Path, environment: Path) -> Iterator[str]:
             if started.poll() is not None or time.monotonic() > until:
                 raise SystemExit((work / "server.log").read_text())
             time.sleep(1)
-        yield address
+        (work / "address").write_text(address, encoding="utf-8")
+        yield
     finally:
         started.terminate()
         started.wait()
@@ -153,12 +308,18 @@ def answers(url: str) -> bool:
         return False
 
 
-def difference(one: nib.Nifti1Image, other: nib.Nifti1Image) -> float:
-    """The largest, over the voxels; raises ValueError where the grids differ."""
+def difference(one: nib.Nifti1Image, other: nib.Nifti1Image) -> dict[str, float]:
+    """The `largest` over the voxels, and the `share` of those above 0 that differ by more than the tolerance.
+
+    Raises ValueError where the grids differ.
+    """
     one, other = nib.as_closest_canonical(one), nib.as_closest_canonical(other)
     if one.shape != other.shape or not np.allclose(one.affine, other.affine, atol=1e-4):
         raise ValueError(f"grids differ: {one.shape} {other.shape}\n{one.affine}\n{other.affine}")
-    return float(np.abs(np.asanyarray(one.dataobj) - np.asanyarray(other.dataobj)).max())
+    before, after = (np.asarray(image.dataobj, dtype=np.float64) for image in (one, other))
+    apart = np.abs(before - after)
+    share = (apart > TOLERANCE * before.max()).sum() / max(((before > 0) | (after > 0)).sum(), 1)
+    return {"largest": float(apart.max()), "share": float(share)}
 
 
 def path_of(environment: Path | str) -> str:

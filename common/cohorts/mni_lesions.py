@@ -59,7 +59,7 @@ def mni_weight(
         mask, np.linalg.inv(mni_to_subject @ mask_affine) @ affine, brain.shape, blur_mm / _size(mask_affine)
     )
     spacing = affine_to_spacing(affine)
-    fluid = volume[0] <= CSF_SHARE * np.percentile(volume[0][brain], 98)
+    fluid = volume[0] <= CSF_SHARE * np.percentile(volume[0][brain].astype(np.float64), 98)
     if kind == "chronic_stroke":
         fluid = _wide(fluid, spacing)
     weight *= brain & ~fluid
@@ -80,7 +80,7 @@ def fill(volume: Array, weight: Array, brain: Array, affine: Array, kind: str, f
         volume *= 1 + weight * (factor - 1)
         return
     level = csf_level(volume, brain, affine)[:, None, None, None]
-    bright = np.percentile(volume[:, brain], 98, axis=1)[:, None, None, None]
+    bright = np.percentile(volume[:, brain].astype(np.float64), 98, axis=1)[:, None, None, None]
     texture = ndimage.gaussian_filter(rng.normal(size=weight.shape), TEXTURE_MM / affine_to_spacing(affine))
     cavity = level * (1 + TEXTURE_SHARE * texture / texture.std())
     cavity = cavity + NOISE_SHARE * bright * rng.normal(size=volume.shape)
@@ -97,7 +97,7 @@ def csf_level(volume: Array, brain: Array, affine: Array) -> Array:
     if not deep.any():
         raise ValueError(f"No part of the brain is deeper than {CSF_DEPTH_MM:g} mm: its CSF cannot be told.")
     values = volume[:, deep]
-    return np.median(values[:, values[0] <= np.quantile(values[0], CSF_DARKEST)], axis=1)
+    return np.median(values[:, values[0] <= np.quantile(values[0].astype(np.float64), CSF_DARKEST)], axis=1)
 
 
 def match_moments(brain: Array, affine: Array) -> Array:

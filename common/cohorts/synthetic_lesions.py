@@ -162,7 +162,7 @@ class InsertLesions(Transform):
         return mask
 
     def _blob(self, site: _Site, radius_mm: float, rng: RandomState) -> None:
-        low, high = np.percentile(site.local[site.free], BLOB_PERCENTILES)
+        low, high = np.percentile(site.local[site.free].astype(np.float64), BLOB_PERCENTILES)
         hyper = rng.uniform() < self.hyper_share
         room = self.hyper_limit * site.bright  # hyper-intense lesions go where there is room below the limit
         top = min(high, room.flat[0] / self.hyper[0]) if hyper else high
@@ -199,7 +199,7 @@ class InsertLesions(Transform):
         """Move tissue along the radius by u(r) = +-a sin^2(pi r / R): smooth, and 0 at the centre and the surface."""
         depth = site.depth_mm()
         centres = [site.draw(depth, radius_mm, rng) for _ in range(DRAWS)]
-        centre = max(centres, key=lambda voxel: site.volume[0][site.around(voxel, radius_mm)[0]].std())
+        centre = max(centres, key=lambda voxel: site.volume[0][site.around(voxel, radius_mm)[0]].std(dtype=np.float64))
         box, offset = site.around(centre, radius_mm)
         distance = np.linalg.norm(offset, axis=0)
         amplitude = rng.choice([-1, 1]) * rng.uniform(*self.displacement) * radius_mm
@@ -257,7 +257,7 @@ class _Site:
     spacing: Array  # (3,) mm
 
     def __post_init__(self) -> None:
-        self.bright = np.percentile(self.volume[:, self.free], 98, axis=1)[:, None, None, None]
+        self.bright = np.percentile(self.volume[:, self.free].astype(np.float64), 98, axis=1)[:, None, None, None]
         sigma = 4 / self.spacing  # 4 mm: over a gyrus, within a ventricle
         inside = self.free.astype(np.float32)
         share = ndimage.gaussian_filter(inside, sigma)

@@ -114,7 +114,8 @@ def top_mean(values: Tensor, share: float = 0.01) -> Tensor:
     """
     if values.numel() == 0:
         return values.new_zeros(())
-    return values.flatten().topk(max(1, round(share * values.numel()))).values.mean()
+    highest = values.flatten().topk(max(1, round(share * values.numel()))).values
+    return highest.mean(dtype=torch.float64).to(values.dtype)
 
 
 def noise_like(reference: Tensor, generators: list[torch.Generator]) -> Tensor:

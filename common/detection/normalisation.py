@@ -121,8 +121,8 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         fewer than `ATLAS_SUBJECTS`, which say less about a place than they say about the scatter.
         """
         keep = self.keeps_atlas(len(subjects))
-        total = torch.stack([subject.total for subject in subjects]).sum(dim=0)
-        count = torch.stack([subject.count for subject in subjects]).sum(dim=0)
+        total = torch.stack([subject.total for subject in subjects]).sum(dim=0, dtype=torch.float64)
+        count = torch.stack([subject.count for subject in subjects]).sum(dim=0, dtype=torch.float64)
         levels = torch.linspace(0, 1, SCALE_QUANTILES, dtype=torch.float64)
         scales = torch.tensor([subject.scale for subject in subjects], dtype=torch.float64)
         self.scale_quantiles.copy_(torch.quantile(scales, levels))
@@ -213,5 +213,5 @@ def from_atlas(atlas: Tensor, brain: Tensor) -> Tensor:
 
 
 def mean_of(total: Tensor, count: Tensor) -> Tensor:
-    """The mean of healthy brains by sums and counts in an atlas; 0 where there are hardly any."""
-    return torch.where(count > MIN_COUNT, total / count.clamp(min=MIN_COUNT), 0.0)
+    """The mean of healthy brains by sums and counts in an atlas, float32; 0 where there are hardly any."""
+    return torch.where(count > MIN_COUNT, total / count.clamp(min=MIN_COUNT), 0.0).float()

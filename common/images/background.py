@@ -23,8 +23,8 @@ def background(image: np.ndarray) -> np.ndarray:
     return np.stack([_background(channel) for channel in image]).reshape(-1, 1, 1, 1).astype(image.dtype)
 
 
-def _background(channel: np.ndarray) -> np.floating:
-    values = channel.ravel()[:: channel.size // SAMPLE | 1]
+def _background(channel: np.ndarray) -> np.float64:
+    values = channel.ravel()[:: channel.size // SAMPLE | 1].astype(np.float64)  # bins of float32 end elsewhere
     counts, edges = np.histogram(values, BINS)
     densest = counts.argmax()
     there = values[(values >= edges[densest]) & (values <= edges[densest + 1])]
@@ -65,7 +65,7 @@ def zero_of_tissue(image: np.ndarray, brain: np.ndarray, around: np.ndarray) -> 
     """
     zeros = []
     for channel, grey in zip(image, around.ravel(), strict=True):
-        low, high = np.percentile(channel[brain], [DARKEST_PERCENTILE, BRIGHT_PERCENTILE])
+        low, high = np.percentile(channel[brain].astype(np.float64), [DARKEST_PERCENTILE, BRIGHT_PERCENTILE])
         guess = (low - DARKEST_SHARE * high) / (1 - DARKEST_SHARE)
         if -grey > NOT_ZERO * (high - low) and abs(guess - grey) < NEAR_ZERO * (high - low):
             zeros.append(float(grey))

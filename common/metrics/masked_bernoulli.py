@@ -14,6 +14,7 @@ in the program, whose arrays are matched to the last bit.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -82,8 +83,8 @@ def relative_maps(maps: NDArray[Any], branch: Branch = "sum") -> NDArray[np.floa
     """Median, sum ("sum"), clip to percentiles, min-max over the slice: (N, C, H, W) -> (N, 1 or C, H, W) in [0, 1]."""
     smooth = ndimage.median_filter(maps.astype(np.float32), size=(1, 1, MEDIAN_SIZE, MEDIAN_SIZE))
     if branch == "sum":
-        smooth = smooth.sum(axis=1, keepdims=True)
-    low, high = np.percentile(smooth, PERCENTILES, axis=(2, 3), keepdims=True).astype(np.float32)
+        smooth = reduce(np.add, np.split(smooth, smooth.shape[1], axis=1))  # in this order, as the reference program
+    low, high = np.percentile(smooth.astype(np.float64), PERCENTILES, axis=(2, 3), keepdims=True).astype(np.float32)
     return min_max(np.clip(smooth, low, high))
 
 

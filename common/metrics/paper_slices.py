@@ -109,7 +109,7 @@ def _ssim(image: NDArray[Any], reconstruction: NDArray[Any]) -> float:
     """Mean over (C, H, W) with a uniform window of 7, as AutoDDPM's; its covariance is the sample's, 2 % larger."""
     x, y = (torch.from_numpy(np.ascontiguousarray(v, dtype=np.float32))[:, None] for v in (reconstruction, image))
     similarity, _ = compute_ssim_and_cs(x, y, 2, (7, 7), (1.5, 1.5), data_range=1.0, kernel_type="uniform")
-    return float(similarity.mean())
+    return float(similarity.mean(dtype=torch.float64))
 
 
 def _max_dice(slices: Sequence[Slice]) -> float | None:

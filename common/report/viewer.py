@@ -147,5 +147,6 @@ def _read(path: Path) -> tuple[Array, NDArray[Any]]:
 
 def _window_top(image: Array, foreground: NDArray[np.bool_]) -> float:
     """Of a window from 0, as in the preview, so that both look alike; never an empty one."""
-    top = float(np.percentile(image[foreground] if foreground.any() else image, 99.5))
+    values = image[foreground] if foreground.any() else image
+    top = float(np.percentile(values.astype(np.float64), 99.5))
     return top if top > 0 else 1.0

@@ -37,7 +37,7 @@ def save_preview(case: Case, threshold: float, path: Path, doubts: Sequence[str]
         volume[box] for volume in (image, brain, anomaly_map, reconstruction, mask)
     )
     chosen = choose_slices(np.where(brain > 0, anomaly_map, 0), brain > 0)
-    low, top = np.percentile(image[brain > 0], (0.5, 99.5))
+    low, top = np.percentile(image[brain > 0].astype(np.float64), (0.5, 99.5))
     figure = Figure(figsize=(2 * len(chosen), 8.6), facecolor="black", layout="constrained")
     axes = figure.subplots(4, len(chosen), squeeze=False)
     for column, index in enumerate(chosen):
@@ -75,7 +75,7 @@ def choose_slices(anomaly_map: np.ndarray, brain: np.ndarray, count: int = COLUM
     even = present[np.linspace(0, len(present) - 1, count // 2 + 2).astype(int)[1:-1]].tolist()
     gap = max(1, len(present) // (3 * count))
     chosen = list(even)
-    for index in np.argsort(-anomaly_map.sum(axis=(1, 2)), kind="stable").tolist():
+    for index in np.argsort(-anomaly_map.sum(axis=(1, 2), dtype=np.float64), kind="stable").tolist():
         if len(chosen) == min(count, len(present)):
             break
         if all(abs(index - other) >= gap for other in chosen) and index in present:

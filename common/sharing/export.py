@@ -220,9 +220,7 @@ def _untraceable(name: str) -> Iterator[None]:
     """Turn whatever error a trace ends in into a BundleError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # a trace warns of what might be wrong; `_check_equal` measures whether it is
+            warnings.simplefilter("ignore")  # of what might be wrong; `_check_equal` measures whether it is
             yield
     except Exception as error:
         cause = error.fact if isinstance(error, BundleError) else f"{type(error).__name__}: {str(error).strip()[:200]}"

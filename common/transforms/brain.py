@@ -172,7 +172,7 @@ def above_background(image: MetaTensor) -> tuple[np.ndarray, float]:
     if 20 * positive.size < (above < 0).sum():
         fact = "hardly a voxel is brighter than the background"
         raise SkullStripError(source_name(image), fact, "give a scan whose air is darker than its tissue")
-    return above, float(np.percentile(positive, 98))
+    return above, float(np.percentile(positive.astype(np.float64), 98))
 
 
 def _filled(mask: Any) -> np.ndarray:

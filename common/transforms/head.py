@@ -179,11 +179,11 @@ class HeadMRMaskd(HeadMaskd):
 
     def brightness(self, image: MetaTensor) -> tuple[np.ndarray, float]:
         """Mean over the modalities, each as a share of its 98th percentile, and what is air in it."""
-        values = image.as_tensor().clamp(min=0).cpu().numpy()
+        values = image.as_tensor().clamp(min=0).double().cpu().numpy()
         levels = np.percentile(values, 98, axis=(1, 2, 3), keepdims=True)
         if not (levels > 0).all():
             raise ImageIntensityError(source_name(image), "hardly a voxel is above 0", self.remedy)
-        mean = np.minimum(values / levels, 1).mean(axis=0, dtype=np.float32)
+        mean = np.minimum(values / levels, 1).mean(axis=0).astype(np.float32)
         triangle = SimpleITK.TriangleThresholdImageFilter()
         triangle.Execute(SimpleITK.GetImageFromArray(mean))
         return mean, triangle.GetThreshold()

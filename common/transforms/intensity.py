@@ -47,7 +47,7 @@ class ScaleIntensityByForegroundd(MapTransform):
             image = result[key]
             units = []
             for channel in image.as_tensor():
-                level = float(np.percentile(channel[foreground[0]].cpu().numpy(), self.percentile))
+                level = float(np.percentile(channel[foreground[0]].double().cpu().numpy(), self.percentile))
                 if not level > 0:
                     fact = f"the {self.percentile:g}th percentile of the foreground is {level:g}"
                     raise ImageIntensityError(source_name(image), fact, "give an image whose tissue is above 0")

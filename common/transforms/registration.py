@@ -82,10 +82,9 @@ def mni_transform(image: MetaTensor, brain: MetaTensor) -> np.ndarray:
     """
     target, target_brain = template()
     inside, tissue = upright_brain(image, brain)
-    centre = world_points(brain).mean(axis=0)
     to_scan = sitk.Similarity3DTransform()
-    to_scan.SetCenter(world_points(target_brain).mean(axis=0).tolist())
-    to_scan.SetTranslation((centre - to_scan.GetCenter()).tolist())
+    to_scan.SetCenter(centre_of(target_brain).tolist())
+    to_scan.SetTranslation((centre_of(brain) - to_scan.GetCenter()).tolist())
     to_scan.SetScale(np.cbrt(brain_ml(brain) / brain_ml(target_brain)).item())
     rim = sitk.BinaryDilate(sitk.Cast(to_itk(target_brain), sitk.sitkUInt8), [RIM_VOXELS] * 3)
     try:
@@ -307,7 +306,7 @@ def upright_brain(image: MetaTensor, brain: MetaTensor) -> tuple[MetaTensor, Met
     crop = SpatialCrop(roi_slices=[slice(max(side.start - 2, 0), side.stop + 2) for side in box])
     near = cast(MetaTensor, crop(MetaTensor((brain.as_tensor() > 0).float(), affine=brain.affine)))
     values = cast(MetaTensor, crop(image.as_tensor()[:1].to(torch.float32))).as_tensor() * near.as_tensor()
-    top = np.percentile(values[near.as_tensor() > 0].numpy(), 99)  # or few bright voxels would take most bins
+    top = np.percentile(values[near.as_tensor() > 0].double().numpy(), 99)  # or few bright voxels would take most bins
     grid = upright_grid(world_points(near), MARGIN_MM)
     return onto(near, grid), onto(MetaTensor(values.clamp(max=float(top)), affine=near.affine), grid)
 
@@ -315,7 +314,7 @@ def upright_brain(image: MetaTensor, brain: MetaTensor) -> tuple[MetaTensor, Met
 def upright(image: MetaTensor) -> MetaTensor:
     """The first channel of (C, H, W, D) on the upright grid around all of it, (1, h, w, d); bright voxels clipped."""
     values = image.as_tensor()[:1].to(torch.float32)
-    top = np.percentile(values[values > values.min()].numpy(), 99)
+    top = np.percentile(values[values > values.min()].double().numpy(), 99)
     corners = np.indices((2, 2, 2)).reshape(3, -1).T * (np.array(image.shape[1:]) - 1)
     points = nib.affines.apply_affine(np.asarray(image.affine, dtype=float), corners)
     return onto(MetaTensor(values.clamp(max=float(top)), affine=image.affine), upright_grid(points, margin_mm=0))
@@ -340,8 +339,13 @@ def onto(image: MetaTensor, grid: Grid) -> MetaTensor:
 
 def world_points(mask: MetaTensor) -> np.ndarray:
     """The centres of the voxels above 0 of a mask (1, H, W, D): (N, 3), RAS mm."""
+    return nib.affines.apply_affine(np.asarray(mask.affine, dtype=float), np.argwhere(mask.as_tensor()[0].numpy() > 0))
+
+
+def centre_of(mask: MetaTensor) -> np.ndarray:
+    """The mean of `world_points`, (3,), by a sum of whole numbers, which is exact in any order."""
     voxels = np.argwhere(mask.as_tensor()[0].numpy() > 0)
-    return nib.affines.apply_affine(np.asarray(mask.affine, dtype=float), voxels)
+    return nib.affines.apply_affine(np.asarray(mask.affine, dtype=float), voxels.sum(axis=0) / len(voxels))
 
 
 def brain_ml(mask: MetaTensor) -> float:
@@ -387,8 +391,7 @@ def _check_mni(to_scan: np.ndarray, image: MetaTensor, inside: MetaTensor) -> No
         raise _failed(image, "MNI152", f"the estimate scales by {scales.min():.2f} to {scales.max():.2f}, or mirrors")
     moved = MetaTensor(inside.as_tensor(), affine=to_mni @ np.asarray(inside.affine))
     there = onto(moved, (np.asarray(target.affine), tuple(target.shape[1:]))).as_tensor() >= 0.5
-    overlap = dice(there, target.as_tensor() > 0)
-    if overlap < MIN_DICE:
+    if (overlap := dice(there, target.as_tensor() > 0)) < MIN_DICE:
         raise _failed(image, "MNI152", f"brain and template overlap by a Dice of {overlap:.2f} only")
 
 

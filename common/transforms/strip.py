@@ -24,6 +24,7 @@ from .registration import (
     SCALES,
     as_affine,
     as_matrix,
+    centre_of,
     onto,
     register,
     template,
@@ -129,12 +130,12 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
 def _first_guess(head: MetaTensor, rise_mm: float) -> Any:
     """The template's brain, as large as usual, below the top of the head: SimpleITK, MNI152 to the head."""
     values = head.as_tensor()[0].numpy()
-    bright = np.percentile(values[values > values.mean()], 90)
+    bright = np.percentile(values[values > values.mean(dtype=np.float64)].astype(np.float64), 90)
     tissue = largest_component(ndimage.binary_opening(values > 0.2 * bright))
     points = world_points(MetaTensor(torch.from_numpy(tissue)[None], affine=head.affine))
     top = np.percentile(points[:, 2], 99.9)
     across = points[points[:, 2] > top - BRAIN_MM].mean(axis=0)[:2]
-    centre = world_points(template()[1]).mean(axis=0)
+    centre = centre_of(template()[1])
     there = np.array([*across, top - SCALP_MM - USUAL_SCALE * TOP_MM + rise_mm])
     guess = sitk.Similarity3DTransform()  # an affine one follows a tilted head by shearing
     guess.SetCenter(centre.tolist())

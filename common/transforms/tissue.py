@@ -31,6 +31,7 @@ def tissue_modes(values: np.ndarray) -> np.ndarray:
 
     values: (n,) of a brain without its bias field, in (0, 1].
     """
+    values = values.astype(np.float64)
     counts, edges = np.histogram(values, BINS, (0, 1))
     x, weight = (edges[1:] + edges[:-1]) / 2, counts / max(counts.sum(), 1)
     mean, std, share = np.quantile(values, START_QUANTILES), np.full(3, 0.07), np.full(3, 1 / 3)
@@ -56,7 +57,7 @@ def contrast_order(image: np.ndarray, spacing_mm: Sequence[float]) -> float:
     """
     brain = image > 0
     depth = ndimage.distance_transform_edt(np.pad(brain, 1), sampling=spacing_mm)[1:-1, 1:-1, 1:-1][brain]
-    values = image[brain]
+    values = image[brain].astype(np.float64)
     parts = [np.quantile(values, quantiles) for quantiles in (MIDDLING, BRIGHT)]
     middling, bright = (depth[(values > low) & (values <= high)] for low, high in parts)
     return float((bright.mean() - middling.mean()) / depth.mean()) if middling.size and bright.size else np.nan

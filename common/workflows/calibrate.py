@@ -197,12 +197,12 @@ class Calibrate:
 
 def threshold_of(values: list[np.ndarray], share: float) -> float:
     """The value that this share of all values of the subjects (each (n,)) exceed."""
-    return float(np.quantile(np.concatenate(values), 1 - share))
+    return float(np.quantile(np.concatenate(values, dtype=np.float64), 1 - share))
 
 
 def threshold_interval(values: list[np.ndarray], share: float) -> tuple[float, float]:
     """95 % of the thresholds of resampled subjects."""
-    grids = np.stack([np.quantile(x, np.linspace(0, 1, GRID_VALUES)) for x in values])
+    grids = np.stack([np.quantile(x.astype(np.float64), np.linspace(0, 1, GRID_VALUES)) for x in values])
     draws = np.random.default_rng(SEED).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.quantile([np.quantile(grids[draw], 1 - share) for draw in draws], (0.025, 0.975))
     return float(low), float(high)

@@ -5,95 +5,9 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+from scored import VOXEL_METRICS, cohort, dice, evaluate, exact, pooled, subject
 
-from common.metrics import DetectionMetrics, auroc, average_precision, max_dice
-from common.metrics.histograms import bin_index, bin_lower_edge, exact_histograms
-
-VOXEL_METRICS = ("auprc", "auroc", "max_dice_pooled", "max_dice_mean", "dice_at_threshold", "lesion_share")
-
-
-def subject(seed, shape=(24, 20, 6), lesion=True, scale=1.0):
-    """A noisy map that is higher in a box-shaped lesion; the foreground leaves out the border and the last slice."""
-    rng = np.random.default_rng(seed)
-    foreground = np.zeros(shape, dtype=bool)
-    foreground[2:-2, 2:-2, :-1] = True
-    lesions = np.zeros(shape, dtype=bool)
-    if lesion:
-        x, y = rng.integers(3, 10, size=2)
-        lesions[x : x + 4 + seed % 3, y : y + 6, 1:4] = True
-    scores = scale * rng.gamma(2.0, 0.05, shape) * np.where(lesions, rng.uniform(1.5, 4), 1)
-    return {"anomaly_map": scores.astype(np.float32), "lesion": lesions, "foreground": foreground}
-
-
-def evaluate(subjects, threshold=0.2, axis=-1, seed=0, n_bootstrap=200):
-    metrics = DetectionMetrics(axis)
-    for name, volumes in subjects.items():
-        metrics.update(name, threshold=threshold, **volumes)
-    return metrics.compute(seed=seed, n_bootstrap=n_bootstrap)
-
-
-def cohort(n_lesion=4, n_healthy=3, **kwargs):
-    return {f"s{i}": subject(i, lesion=i < n_lesion, **kwargs) for i in range(n_lesion + n_healthy)}
-
-
-def pooled(subjects):
-    """Foreground voxels of the subjects with a lesion."""
-    chosen = [s for s in subjects.values() if s["lesion"].any()]
-    scores = np.concatenate([s["anomaly_map"][s["foreground"]] for s in chosen])
-    return scores, np.concatenate([s["lesion"][s["foreground"]] for s in chosen])
-
-
-def dice(predicted, lesions):
-    return 2 * (predicted & lesions).sum() / (predicted.sum() + lesions.sum())
-
-
-def exact(scores, labels):
-    """AUPRC and AUROC by torchmetrics; scores in [0, 1], because it passes others through a sigmoid."""
-    scaled = torch.from_numpy(np.asarray(scores, dtype=np.float64) / max(float(np.max(scores)), 1e-30))
-    target = torch.from_numpy(np.asarray(labels)).long()
-    return float(binary_average_precision(scaled, target)), float(binary_auroc(scaled, target))
-
-
-# ---- the pure functions on histograms
-
-
-@pytest.mark.parametrize("levels", [2, 7, 100_000])
-def test_curves_equal_torchmetrics_with_and_without_ties(levels):
-    rng = np.random.default_rng(levels)
-    labels = rng.random(2000) < 0.1
-    scores = np.floor((rng.random(2000) + 0.3 * labels) * levels) / levels / 2
-    pos, neg = exact_histograms(scores, labels)
-    expected = exact(scores, labels)
-    assert average_precision(pos, neg) == pytest.approx(expected[0], abs=1e-6)
-    assert auroc(pos, neg) == pytest.approx(expected[1], abs=1e-6)
-    assert max_dice(pos, neg) == pytest.approx(max(dice(scores >= t, labels) for t in np.unique(scores)))
-
-
-def test_curves_are_undefined_without_positives_or_negatives():
-    some, none = np.array([1.0, 2.0]), np.zeros(2)
-    assert np.isnan([average_precision(none, some), auroc(none, some), auroc(some, none), max_dice(none, some)]).all()
-    assert average_precision(some, none) == 1
-
-
-def test_curves_work_on_stacks_of_weighted_histograms():
-    rng = np.random.default_rng(0)
-    pos, neg = rng.random((2, 3, 4, 9))
-    for function in (average_precision, auroc, max_dice):
-        stacked = function(pos, neg)
-        assert stacked.shape == (3, 4)
-        assert stacked[1, 2] == pytest.approx(function(pos[1, 2], neg[1, 2]))
-
-
-def test_bins_are_narrow_at_every_scale_and_keep_the_order():
-    values = np.sort(np.concatenate([[0.0, -0.0], np.geomspace(1e-37, 1e37, 100_000)]).astype(np.float32))
-    bins = bin_index(values)
-    assert (np.diff(bins) >= 0).all()
-    assert (bins[:2] == 0).all()
-    edges = bin_lower_edge(bins)
-    assert (edges <= values).all()
-    assert (values - edges <= values / 512).all()
-
+from common.metrics import DetectionMetrics
 
 # ---- values against the exact ones
 
@@ -371,29 +285,6 @@ def test_state_does_not_grow_with_the_volume():
     levels = 512 * 12  # bins in which nearly all values of the map lie
     assert state(256) < 30 * levels
     assert state(512) < 1.2 * state(256)
-
-
-def test_bootstrap_interval_holds_the_value_and_follows_the_seed():
-    subjects = cohort(n_lesion=6, n_healthy=4)
-    result, again, other = (evaluate(subjects, seed=seed) for seed in (0, 0, 1))
-    assert result == again
-    for name in (*VOXEL_METRICS, "image_auroc", "image_auprc", "healthy_fp_share"):
-        low, high = result[name]["ci95"]
-        assert low <= result[name]["value"] <= high, name
-        assert low < high, name
-        assert result[name]["value"] == other[name]["value"]
-        assert result[name]["ci95"] != other[name]["ci95"], name
-
-
-def test_bootstrap_weights_equal_repeated_subjects():
-    subjects = cohort(n_lesion=2, n_healthy=1)
-    metrics = DetectionMetrics()
-    for name, volumes in subjects.items():
-        metrics.update(name, threshold=0.2, **volumes)
-    low, high = metrics.compute(n_bootstrap=2000)["auprc"]["ci95"]
-    # three subjects: the resamples hold only the first, only the second or a mixture
-    alone = [evaluate({n: subjects[n]})["auprc"]["value"] for n in ("s0", "s1")]
-    assert [low, high] == pytest.approx(sorted(alone))
 
 
 # ---- refusals

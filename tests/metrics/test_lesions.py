@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scored import SHAPE, boxes, volumes
 
 from common.metrics import DetectionMetrics
-from common.metrics.bootstrap import paired_difference
 from common.metrics.lesions import compare_lesions
-
-SHAPE = (10, 40, 40)  # slices first
-
-
-def boxes(*corners, size=4):
-    """A mask with a cube at each corner."""
-    mask = np.zeros(SHAPE, dtype=bool)
-    for z, y, x in corners:
-        mask[z : z + size, y : y + size, x : x + size] = True
-    return mask
 
 
 def test_components_are_counted_by_overlap_and_by_iou():
@@ -67,12 +57,6 @@ def test_empty_masks(lesion):
 # ---- over a cohort
 
 
-def volumes(lesion, predicted):
-    """Arguments of `update`, slices last, with a map of 1 where something is predicted."""
-    moved = [np.moveaxis(mask, 0, -1) for mask in (predicted.astype(np.float32), lesion)]
-    return {"anomaly_map": moved[0], "lesion": moved[1], "foreground": np.ones_like(moved[1]), "threshold": 0.5}
-
-
 def cohort(**settings):
     """One subject with two small lesions, of which one is found beside two false components; one with a large lesion
     that is found; one healthy with a false component."""
@@ -116,33 +100,3 @@ def test_without_a_threshold_lesion_wise_metrics_are_undefined():
     result = metrics.compute(n_bootstrap=10)
     assert result["n_lesions"] == 1
     assert result["lesion_f1"]["value"] is result["lesion_sizes"][0]["lesion_recall"]["value"] is None
-
-
-# ---- differences between methods
-
-
-def measured(noise, n=6, seed=0):
-    """A method whose map is the lesion and noise, on the same subjects whatever the noise."""
-    metrics = DetectionMetrics()
-    for index in range(n):
-        rng = np.random.default_rng(index)
-        lesion = boxes((1, int(rng.integers(30)), int(rng.integers(30))))
-        arguments = volumes(lesion, lesion)
-        arguments["anomaly_map"] = np.abs(arguments["anomaly_map"] + rng.normal(0, noise, arguments["lesion"].shape))
-        metrics.update(f"s{index}", **arguments)
-    return metrics.compute(seed=seed, n_bootstrap=300)
-
-
-def test_paired_difference_is_narrower_than_the_methods_intervals():
-    worse, better = measured(0.6), measured(0.55)
-    for metric in ("auprc", "dice_at_threshold"):
-        difference = paired_difference(worse, better, metric)
-        assert difference["value"] == pytest.approx(worse[metric]["value"] - better[metric]["value"])
-        low, high = difference["ci95"]
-        assert low <= difference["value"] <= high < 0
-        assert high - low < np.diff(worse[metric]["ci95"])[0]
-
-
-def test_difference_to_itself_is_zero():
-    result = measured(0.5)
-    assert paired_difference(result, result, "auprc") == {"value": 0, "ci95": [0, 0]}

@@ -5,78 +5,21 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import re
 import shutil
-from html.parser import HTMLParser
 
 import nibabel as nib
 import numpy as np
 import pytest
+from pages import Page, assert_asks_for_nothing
 from typer.testing import CliRunner
 
 from common.cli import app
 from common.detection.calibration import origin_in_words
 from common.detection.reliability import verdict
 from common.errors import ResultError, UADError
-from common.report import viewer
-from common.report.benchmark_table import cell
 from common.report.html import write_report
-from common.report.viewer import MAX_VOXELS, encode, niivue, shrink
+from common.report.viewer import niivue
 from common.results.read import CaseFiles, read_lesions
-
-
-class Page(HTMLParser):
-    """A page as a browser takes it apart: its elements, its text, its scripts, the rows of its tables."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.elements, self.scripts, self.text, self.rows = [], {}, "", []
-        self._inside, self._in_cell = None, False
-        self.feed(self.source)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self._inside = (tag, dict(attrs).get("id", str(len(self.scripts)))) if tag in ("script", "style") else None
-        if tag == "tr":
-            self.rows.append([])
-        if tag == "td":
-            self.rows[-1].append("")
-            self._in_cell = True
-
-    def handle_endtag(self, tag):
-        if tag in ("script", "style"):
-            self._inside = None
-        if tag == "td":
-            self._in_cell = False
-
-    def handle_data(self, data):
-        if self._inside:
-            if self._inside[0] == "script":
-                self.scripts[self._inside[1]] = data
-            return
-        self.text += data
-        if self._in_cell:
-            self.rows[-1][-1] += data
-
-    @property
-    def cells(self):
-        return [[cell.strip() for cell in row] for row in self.rows if row]
-
-
-def assert_asks_for_nothing(page):
-    """Every reference is a data URI, a place in the page or a file beside it, and the policy forbids any other."""
-    for tag, attributes in page.elements:
-        assert not [name for name in attributes if name.startswith("on")], tag
-        for name in ("src", "href", "srcset", "data", "action", "poster", "xlink:href"):
-            if name in attributes:
-                assert re.match(r"data:image/|#|[^:]*/report\.html$", attributes[name]), (tag, attributes[name][:80])
-    assert not re.search(r"@import|url\(\s*['\"]?(?!#)", re.sub(r"<script.*?</script>", "", page.source, flags=re.S))
-    policy = next(a["content"] for t, a in page.elements if t == "meta" and "http-equiv" in a)
-    assert policy.startswith("default-src 'none'")
-    assert "http" not in policy.replace("http-equiv", "")
-    assert "unsafe-eval" not in policy
-    assert "script-src 'sha256-" in policy
 
 
 @pytest.fixture(scope="module")
@@ -248,75 +191,10 @@ def test_broken_case_does_not_hide_the_others(make_case, tmp_path):
     assert rows[2][0] == "a"
 
 
-def test_benchmark_has_tables_and_plots(benchmark_folder):
-    write_report(benchmark_folder)
-    page = Page(benchmark_folder / "report.html")
-    result = json.loads((benchmark_folder / "seer" / "result.json").read_text(encoding="utf-8"))
-    assert page.cells[0][0] == "seer"
-    (low, high), value = result["auprc"]["ci95"], result["auprc"]["value"]
-    assert page.cells[0][1] == f"{value:.3f}{low:.3f}-{high:.3f}"
-    assert sum(tag == "svg" for tag, _ in page.elements) == 4
-    for text in ("recall", "precision", "threshold / shipped threshold", "seconds a slice", "healthy", "intensity_T1"):
-        assert text in page.text
-    assert "vae failed: no </script> weights" in page.text
-    assert "north: worst healthy subject" in page.text
-    south = result["sites"][1]["healthy_worst_share"]["value"]
-    assert any(cells[0] == "seer" and cells[5] == f"{south:.3f}" for cells in page.cells if len(cells) == 7)
-    assert not [a for tag, a in page.elements if tag == "img"]
-    assert_asks_for_nothing(page)
-    assert len(page.source) < 500_000
-
-
-def test_scores_of_a_method_stand_beside_those_of_its_map(benchmark_folder):
-    """In the table for people, with a dash where a method has no score of its own, and in the one to compute with."""
-    table = json.loads((benchmark_folder / "benchmark.json").read_text(encoding="utf-8"))
-    lines = (benchmark_folder / "benchmark.md").read_text(encoding="utf-8").splitlines()
-    header = next(line for line in lines if "slice AUROC, method's score" in line).split(" | ")
-    numbers = (benchmark_folder / "benchmark.csv").read_text(encoding="utf-8").splitlines()
-    for method in table["methods"]:
-        (row,) = [line.split(" | ") for line in lines[lines.index(" | ".join(header)) :][:6] if method["key"] in line]
-        for title, name in (("slice AUROC", "image_auroc"), ("volume AUROC", "volume_auroc")):
-            assert row[header.index(title)] == cell(method[name])
-            own = row[header.index(f"{title}, method's score")]
-            assert own == ("1.000 (1.000-1.000)" if method["key"] == "seer" else "-")
-            value = "1.0,1.0,1.0" if method["key"] == "seer" else ",,"
-            assert any(line.endswith(f",{name}_method,{value}") and method["key"] in line for line in numbers)
-
-
 def test_same_result_same_bytes(case_page, benchmark_folder):
     for folder in (case_page[0], benchmark_folder):
         pages = [write_report(folder).read_bytes() for _ in range(2)]
         assert pages[0] == pages[1]
-
-
-def test_many_voxels_are_averaged():
-    """So that the page of a scan at half a millimetre is not eight times as large."""
-    values, affine = np.zeros((40, 40, 40), np.float32), np.diag([0.5, 0.5, 0.6, 1])
-    values[10:20, 20:30, 30:40] = 1
-    small, small_affine = shrink(values, affine, max_voxels=20_000)
-    assert small.shape == (20, 20, 40)
-    assert small.sum() * abs(np.linalg.det(small_affine)) == pytest.approx(values.sum() * np.linalg.det(affine))
-    for volume, to_world in ((values, affine), (small, small_affine)):
-        centre = nib.affines.apply_affine(to_world, np.argwhere(volume > 0.5)).mean(axis=0)
-        assert centre == pytest.approx([7.25, 12.25, 20.7])
-
-
-def test_size_of_a_brain_of_1_mm():
-    """Noise, which no compression makes smaller: three volumes of a brain's box, and what else a page holds."""
-    noise = np.random.default_rng(0).random((150, 180, 150), dtype=np.float32)
-    i, j, k = np.indices(noise.shape) / np.reshape(noise.shape, (3, 1, 1, 1)) * 2 - 1
-    noise[i**2 + j**2 + k**2 > 1] = 0
-    assert noise.size < MAX_VOXELS
-    assert 3 * len(encode(noise, np.eye(4))) + len(niivue()) + 1_500_000 < 15_000_000
-
-
-def test_other_niivue_is_refused(monkeypatch, tmp_path):
-    (tmp_path / "niivue.umd.js").write_text("alert(1)", encoding="utf-8")
-    monkeypatch.setattr(viewer, "STATIC", tmp_path)
-    niivue.cache_clear()
-    with pytest.raises(ResultError, match="not NiiVue"):
-        niivue()
-    niivue.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -344,15 +222,6 @@ def test_broken_files_are_named(name, content, fact, make_case, tmp_path):
     assert name in str(error.value)
     assert str(error.value).count("\n") == 0
     assert not (folder / "report.html").exists()
-
-
-@pytest.mark.parametrize("content", ["{", '{"methods": 3}', '{"methods": [{"key": "seer"}]}', '{"methods": ["seer"]}'])
-def test_broken_benchmark(content, tmp_path):
-    (tmp_path / "benchmark.json").write_text(content, encoding="utf-8")
-    (tmp_path / "seer").mkdir()
-    (tmp_path / "seer" / "result.json").write_text('{"auprc": 1, "curves": []}', encoding="utf-8")
-    with pytest.raises(ResultError):
-        write_report(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "other", "file"])

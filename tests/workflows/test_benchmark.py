@@ -13,7 +13,7 @@ from common.bundle import BUNDLES_DIR, available_bundles, metadata
 from common.cli import app
 from common.errors import BundleError, CohortError, OutputError, SkullStripError
 from common.metrics.baselines import QUANTITIES
-from common.report.benchmark_table import cell, site_cell, size_label
+from common.report.benchmark_table import cell, site_cell
 from common.transforms.pipeline import BrainPreprocessing
 from common.weights import sha256
 from common.workflows import benchmark
@@ -245,24 +245,6 @@ def test_bundles_are_chosen_by_the_columns(cohort, tmp_path):
         benchmark.fitting_bundles(other, [METHOD])
     with pytest.raises(BundleError, match="no such bundle"):
         benchmark.fitting_bundles(cohort, ["nonsense"])
-
-
-@pytest.mark.parametrize(
-    ("metric", "text"),
-    [
-        ({"value": 0.25, "ci95": [0.2, 0.3]}, "0.250 (0.200-0.300)"),
-        ({"value": -0.25, "ci95": [-0.3, -0.2]}, "-0.250 (-0.300 to -0.200)"),
-        ({"value": 0.25, "ci95": [None, None]}, "0.250"),
-        ({"value": None, "ci95": [None, None]}, "-"),
-    ],
-)
-def test_cells(metric, text):
-    assert cell(metric) == text
-
-
-def test_labels_of_sizes():
-    labels = [size_label(bounds) for bounds in ([0.0, 0.1], [0.1, 1.0], [1.0, 10.0], [10.0, None])]
-    assert labels == ["< 0.1 ml", "0.1-1 ml", "1-10 ml", "> 10 ml"]
 
 
 def test_a_variant_of_a_bundle_has_a_row_of_its_own(measured, cohort):
