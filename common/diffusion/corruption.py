@@ -85,7 +85,9 @@ class Corruption(Recorded):
             if not 0 <= share <= 1:
                 raise SettingError(name, f"{share} is no probability", "choose a number in [0, 1]")
         if most_places < 1 or max_blur < 0 or pseudo_count < 0 or not levels:
-            fact = f"most_places = {most_places}, max_blur = {max_blur}, pseudo_count = {pseudo_count}, {len(levels)} levels"
+            fact = (
+                f"most_places = {most_places}, max_blur = {max_blur}, pseudo_count = {pseudo_count}, levels = {levels}"
+            )
             raise SettingError("Corruption", fact, "choose numbers of 0 or more, and at least one place and one level")
         self.most_places = most_places
         self.size, self.max_blur = size, max_blur
