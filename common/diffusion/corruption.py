@@ -27,12 +27,13 @@ DARKEST = 0.2  # of the shape's own mean: the level of the darkest flat patch
 class Corruption(Recorded):
     """Draws what is done to each slice of a batch, all of it from the global generator.
 
-    A slice stays clean, or one shape or a cluster of small ones is changed in it: its texture is mixed with that of a
-    foreign patch, its intensity is raised or lowered, or both, a third each. The foreign patch is of another slice of
-    the batch, rolled, and stretched to the range of intensities that it replaces or, for `flat_share` of them, squeezed
-    to a narrow range around a level of its own, as within a cavity or a solid tumour.
+    A slice stays clean, or it is changed in one or several places. In each, within a shape or a cluster of small ones,
+    the texture is mixed with that of a foreign patch, the intensity is raised or lowered, or both, a third each. The
+    foreign patch is of another slice of the batch, rolled, and stretched to the range of intensities that it replaces
+    or, for `flat_share` of them, squeezed to a narrow range around a level of its own, as within a cavity or a tumour.
 
     Args:
+        most_places: 1 to so many are drawn; published: 1. With little to restore a short training ends at the identity.
         size: smallest and largest diameter; of a rectangle the side of the square of the same area. Log-uniform.
         cluster_share: probability that a slice gets a cluster.
         cluster_count: fewest and most shapes of a cluster.
@@ -52,6 +53,7 @@ class Corruption(Recorded):
 
     def __init__(
         self,
+        most_places: int = 1,
         size: tuple[float, float] = (3.0, 22.0),
         cluster_share: float = 0.3,
         cluster_count: tuple[int, int] = (2, 5),
@@ -82,9 +84,12 @@ class Corruption(Recorded):
         ):
             if not 0 <= share <= 1:
                 raise SettingError(name, f"{share} is no probability", "choose a number in [0, 1]")
-        if max_blur < 0 or pseudo_count < 0 or not levels:
-            fact = f"max_blur = {max_blur}, pseudo_count = {pseudo_count}, {len(levels)} levels"
-            raise SettingError("Corruption", fact, "choose numbers of 0 or more, and at least one level")
+        if most_places < 1 or max_blur < 0 or pseudo_count < 0 or not levels:
+            fact = (
+                f"most_places = {most_places}, max_blur = {max_blur}, pseudo_count = {pseudo_count}, levels = {levels}"
+            )
+            raise SettingError("Corruption", fact, "choose numbers of 0 or more, and at least one place and one level")
+        self.most_places = most_places
         self.size, self.max_blur = size, max_blur
         self.cluster_share, self.cluster_count, self.cluster_size = cluster_share, cluster_count, cluster_size
         self.clean_share, self.dark_share, self.flat_share = clean_share, dark_share, flat_share
@@ -96,16 +101,28 @@ class Corruption(Recorded):
 
         images: (B, C, H, W) in [0, 1], 0 outside of the foreground; foreground: (B, 1, H, W) bool.
         Returns (B, C, H, W) in [0, 1], equal to the images outside of the foreground, and (B,). The severity is the
-        larger of the largest share of foreign texture and the largest change by the bias.
+        largest share of foreign texture or change by the bias, in any of the places.
         """
+        each = (len(images),)
+        number = torch.randint(1, self.most_places + 1, each, device=images.device)
+        number = number * (uniform(each, images) >= self.clean_share)
+        corrupted, severity = images, torch.zeros(each, device=images.device)
         with torch.autocast(images.device.type, enabled=False):
-            each = (len(images),)
-            shape = self.shapes(foreground) * column(uniform(each, images) >= self.clean_share)
-            kind = torch.randint(3, each, device=images.device)  # texture, bias, both
-            amount = uniform(each, images, *self.texture_amount) * (kind != 1)
-            textured = mixed(images, self._foreign_patch(images, shape), shape, amount)
-            change = log_uniform(each, images, *self.bias_amount) * (kind != 0) * self._sign(images)
-            corrupted = biased(textured, shape * self._range(textured, shape > 0), change)
+            for i in range(self.most_places):
+                corrupted, new = self._corrupted_once(corrupted, images, foreground, number > i)
+                severity = torch.maximum(severity, new)
+        return corrupted, severity
+
+    def _corrupted_once(
+        self, images: Tensor, healthy: Tensor, foreground: Tensor, chosen: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        each = (len(images),)
+        shape = self.shapes(foreground) * column(chosen)
+        kind = torch.randint(3, each, device=images.device)  # texture, bias, both
+        amount = uniform(each, images, *self.texture_amount) * (kind != 1)
+        textured = mixed(images, self._foreign_patch(images, healthy, shape), shape, amount)
+        change = log_uniform(each, images, *self.bias_amount) * (kind != 0) * self._sign(images)
+        corrupted = biased(textured, shape * self._range(textured, shape > 0), change)
         effective = (corrupted - textured).abs().amax(dim=(1, 2, 3))
         return corrupted, torch.maximum(amount * shape.amax(dim=(1, 2, 3)), effective)
 
@@ -144,7 +161,7 @@ class Corruption(Recorded):
         sigma = uniform((batch,), foreground, 0, self.max_blur) * (uniform((batch,), foreground) >= SHARP)
         return blurred(hard.float(), sigma) * foreground
 
-    def _foreign_patch(self, images: Tensor, shape: Tensor) -> Tensor:
+    def _foreign_patch(self, images: Tensor, healthy: Tensor, shape: Tensor) -> Tensor:
         each, inside = (len(images), 1, 1, 1), shape > 0
         low, high = _extremes(images, inside)
         mean = (images * shape).sum(dim=(2, 3), keepdim=True) / shape.sum(dim=(2, 3), keepdim=True).clamp(min=1e-6)
@@ -154,7 +171,7 @@ class Corruption(Recorded):
         half = uniform(each, images, *FLAT_WIDTH) / 2
         flat = uniform(each, images) < self.flat_share
         return stretched(
-            _rolled(images), inside, torch.where(flat, level - half, low), torch.where(flat, level + half, high)
+            _rolled(healthy), inside, torch.where(flat, level - half, low), torch.where(flat, level + half, high)
         )
 
     def _range(self, images: Tensor, inside: Tensor) -> Tensor:
@@ -204,15 +221,17 @@ def range_mask(classes: Tensor, chosen: Tensor) -> Tensor:
     """
     chosen = chosen | ~chosen.any(dim=2, keepdim=True)
     mask = chosen.gather(2, classes.flatten(2)).view(classes.shape)
-    return blurred(mask.float(), torch.ones(len(classes), device=classes.device))
+    return blurred(mask.float(), torch.ones(1, device=classes.device))
 
 
 def blurred(x: Tensor, sigma: Tensor) -> Tensor:
     """SciPy's Gaussian filter (border mirrored, cut at 4 sigma), each sample with its own; 0 leaves it as it is.
 
-    x: (B, C, H, W); sigma: (B,) in pixels, at most a quarter of the shorter side.
+    x: (B, C, H, W); sigma: (B,) in pixels, or (1,) for all; at most a quarter of the shorter side.
     """
-    rows, columns = (_blur_matrix(size, sigma).to(x.dtype) for size in x.shape[2:])
+    height, width = x.shape[2:]
+    rows = _blur_matrix(height, sigma.to(x.dtype))
+    columns = rows if width == height else _blur_matrix(width, sigma.to(x.dtype))
     return rows @ x @ columns.mT
 
 
@@ -232,8 +251,8 @@ def column(values: Tensor) -> Tensor:
 
 
 def _blur_matrix(size: int, sigma: Tensor) -> Tensor:
-    i = torch.arange(size, dtype=torch.float64, device=sigma.device)
-    sigma = sigma.double().view(-1, 1, 1, 1)
+    i = torch.arange(size, device=sigma.device)
+    sigma = sigma.view(-1, 1, 1, 1)
     # a pixel, and its mirror images beyond the first and beyond the last one
     distance = torch.stack([i[:, None] - i, i[:, None] + i + 1, 2 * size - 1 - i[:, None] - i]).abs()
     weight = (-0.5 * (distance / sigma.clamp(min=1e-3)) ** 2).exp() * (distance <= (4 * sigma + 0.5).floor())

@@ -139,6 +139,22 @@ def test_clean_slices_have_severity_0_and_are_as_many_as_asked_for():
     assert (severity == 0).all()
 
 
+def test_changes_in_several_places():
+    """Each of them is drawn anew, and the severity is that of the most severe one."""
+    alike = {"texture_amount": (1e-4, 1e-4), "bias_amount": (0.3, 0.3), "dark_share": 1.0}
+    parts = []
+    for most in (1, 6):
+        images, _, corrupted, severity = drawn(
+            batch=40, **ALWAYS, **alike, size=(3.0, 3.0), max_blur=0.0, most_places=most
+        )
+        changed = (images - corrupted)[:, 0] > 0.05
+        parts.append(torch.tensor([ndimage.label(c)[1] for c in changed.numpy()]).float())
+        assert severity.max() < 0.31
+    assert parts[0].max() <= 2
+    assert parts[1].max() >= 3
+    assert parts[1].mean() > 1.7 * parts[0].mean()
+
+
 def test_severity_of_a_bias_is_the_largest_change():
     images, _, corrupted, severity = drawn(batch=100, texture_amount=(1e-4, 1e-4))
     change = (corrupted - images).abs().amax(dim=(1, 2, 3))
@@ -210,7 +226,7 @@ def test_a_flat_patch_is_flat_and_dark_as_a_cavity():
     shape = torch.zeros_like(images)
     shape[..., 10:22, 10:22] = 1
     torch.manual_seed(0)
-    patch = Corruption(flat_share=1.0, dark_share=1.0)._foreign_patch(images, shape)[..., 10:22, 10:22]
+    patch = Corruption(flat_share=1.0, dark_share=1.0)._foreign_patch(images, images, shape)[..., 10:22, 10:22]
     host = images[..., 10:22, 10:22]
     assert (patch.std(dim=(1, 2, 3)) < 0.06).all()
     assert (patch.mean(dim=(1, 2, 3)) < host.mean(dim=(1, 2, 3)) + 0.1).all()
@@ -248,6 +264,7 @@ def test_autocast_changes_nothing():
         {"flat_share": 2.0},
         {"cluster_share": 1.01},
         {"max_blur": -1.0},
+        {"most_places": 0},
         {"pseudo_count": -1.0},
         {"levels": ()},
         {"size": 3.0},
