@@ -55,7 +55,7 @@ class IterMask2(AnomalyDetector):
         min_shrink: the mask of a slice that would lose less than this share is its last.
         tau_percentile: of the errors of healthy pixels under random masks, above which a pixel stays in the mask:
             80 as published for tumours, 70 for strokes on T1. `fit_threshold` sets it.
-        max_rounds: calls of the second network, at most.
+        max_rounds: calls of the second network, at most; 0 for the prediction of the first network alone.
 
     Raises SettingError where a number is out of its range.
     """
@@ -82,7 +82,7 @@ class IterMask2(AnomalyDetector):
         _check(0 < first_share < 1, f"first_share = {first_share}", "choose one between 0 and 1")
         _check(0 < min_shrink < 1, f"min_shrink = {min_shrink}", "choose one between 0 and 1")
         _check(0 < tau_percentile < 100, f"tau_percentile = {tau_percentile}", "choose one between 0 and 100")
-        _check(max_rounds >= 1, f"max_rounds = {max_rounds}", "choose 1 or more")
+        _check(max_rounds >= 0, f"max_rounds = {max_rounds}", "choose 0 or more")
         self.first = first
         self.network = network
         self.radius = radius

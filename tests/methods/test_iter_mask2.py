@@ -260,13 +260,17 @@ def test_thresholds_that_keep_all_and_none(tau, calls, covered):
         assert torch.equal(detector.network.seen[-1][:, :1], to_network(image))  # nothing left to cover
 
 
-def test_rounds_are_limited(loop, monkeypatch):
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_rounds_are_limited(loop, monkeypatch, rounds):
     noise = iter(loop["noise"][:, 2:3])
     monkeypatch.setattr(iter_mask2, "noise_like", lambda *_: next(noise))
-    detector = toy(float(loop["tau"]), max_rounds=3)  # of the 6 that this slice takes
-    masks = detector.refine(loop["x"][2:3], loop["brain"][2:3].bool(), generators(0)[0]).masks
-    assert (len(detector.network.seen), len(masks)) == (3, 4)
-    assert torch.equal(masks[-1], loop["masks"][2, 2:3].bool())
+    detector = toy(float(loop["tau"]), max_rounds=rounds)  # of the 6 that this slice takes
+    v, brain = loop["x"][2:3], loop["brain"][2:3].bool()
+    refined = detector.refine(v, brain, generators(0)[0])
+    assert (len(detector.first.seen), len(detector.network.seen), len(refined.masks)) == (1, rounds, rounds + 1)
+    assert torch.equal(refined.masks[-1], loop["masks"][rounds - 1, 2:3].bool() if rounds else brain)
+    seen = [detector.first, detector.network][rounds > 0]
+    assert torch.equal(refined.prediction, seen.formula(seen.seen[-1]))
 
 
 def test_slice_without_foreground_is_healthy_and_calls_the_first_network_only():
@@ -352,7 +356,7 @@ def test_smallest_allowed_size_works():
         ({"first_share": 1.0}, "first_share = 1.0; choose one between 0 and 1"),
         ({"min_shrink": 0.0}, "min_shrink = 0.0; choose one between 0 and 1"),
         ({"tau_percentile": 100.0}, "tau_percentile = 100.0; choose one between 0 and 100"),
-        ({"max_rounds": 0}, "max_rounds = 0; choose 1 or more"),
+        ({"max_rounds": -1}, "max_rounds = -1; choose 0 or more"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):
