@@ -2,7 +2,7 @@
 
 A network learns to undo corruptions of healthy slices, told how severe they are: cold diffusion, without any noise. At
 test time a slice is taken for a corrupted one; how much the network changes it is the anomaly map. v2 asks for several
-severities and averages the changes; v1 walks from the most severe to the least.
+severities and averages the changes; v1 goes in several steps from the most severe to the least.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DISYRE(AnomalyDetector):
     Args:
         unet: `unet(x, index)` is added to x; the last layer of MONAI's U-Net starts at zero, and so does the change.
         num_steps: severities that are asked for, evenly spaced in the index.
-        walk: v1: each step starts from the slice of the last one, mixed with its restoration.
+        multi_step: v1: each step starts from the slice of the last one, mixed with its restoration.
         median_size: side of a median window over the map, odd; 1, as published, for none.
 
     Raises SettingError for a number of steps that the table does not have.
@@ -47,10 +47,12 @@ class DISYRE(AnomalyDetector):
 
     severity: Tensor
 
-    def __init__(self, unet: DiffusionModelUNet, num_steps: int = 4, walk: bool = False, median_size: int = 1) -> None:
+    def __init__(
+        self, unet: DiffusionModelUNet, num_steps: int = 4, multi_step: bool = False, median_size: int = 1
+    ) -> None:
         super().__init__()
         self.unet = unet
-        self.walk = walk
+        self.multi_step = multi_step
         self.median_size = median_size
         self.size_divisor = size_divisor(unet)
         self.register_buffer("severity", severity_table(), persistent=False)
@@ -61,9 +63,9 @@ class DISYRE(AnomalyDetector):
         for index, following in zip(self.steps, [*self.steps[1:], None], strict=True):
             restored = self.restored(x, torch.full((len(x),), index, device=x.device)) * foreground
             change, restorations = change + (x - restored).abs(), restorations + restored
-            if self.walk:
+            if self.multi_step:
                 x = self.step(x, restored, index, following)
-        reconstruction = x if self.walk else restorations / len(self.steps)
+        reconstruction = x if self.multi_step else restorations / len(self.steps)
         anomaly_map = change.mean(dim=1, keepdim=True) / len(self.steps)
         return median(anomaly_map * foreground, self.median_size), reconstruction
 

@@ -50,8 +50,8 @@ class THOR(DDPM):
     Args:
         unet, scheduler, level, num_inference_steps, settings: see `DDPM`; published: level 350 and every index, with
             simplex noise level 250.
-        noise: of the forward and the reverse process, which the network was trained on: "gaussian" for weights of `ddpm`,
-            "simplex" for those of `ano_ddpm`.
+        noise: of the forward and the reverse process, that which the network was trained on: "gaussian" for weights of
+            `ddpm`, "simplex" for those of `ano_ddpm`.
         perceptual: S, map (B, 1, H, W) >= 0 of two images in [0, 1], see `auto_ddpm`; None for 1 everywhere.
         harmonise: indices to harmonise at; None: all that are sampled at but the first and last. Published: 300, 150,
             50.

@@ -63,7 +63,7 @@ class RunTime:
         return time.perf_counter()
 
     def result(self) -> dict[str, Any]:
-        """`seconds_per_volume` (median, of the whole pipeline), `network_seconds_per_slice`, `peak_memory_mb` (highest).
+        """`seconds_per_volume` (median, whole pipeline), `network_seconds_per_slice`, `peak_memory_mb` (highest).
 
         Memory is that of the process on the CPU, that of the tensors on a GPU; None where the system does not say.
         """

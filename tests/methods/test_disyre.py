@@ -110,8 +110,8 @@ def test_mean_of_single_steps(g):
     torch.testing.assert_close(weighted, g["score_single_step_weighted"], atol=1e-5, rtol=0)
 
 
-def test_steps_of_the_walk(g):
-    detector = DISYRE(Toy(), num_steps=5, walk=True)
+def test_several_steps(g):
+    detector = DISYRE(Toy(), num_steps=5, multi_step=True)
     for k, (index, following) in enumerate(zip(detector.steps, [*detector.steps[1:], None], strict=True)):
         x = g["x_walk"][k]
         restored = detector.restored(x, torch.full((len(x),), index))
@@ -121,10 +121,10 @@ def test_steps_of_the_walk(g):
     torch.testing.assert_close(asked[1:] / asked[:-1], g["cold_ratio"], atol=1e-5, rtol=0)
 
 
-def test_score_of_the_walk(g):
+def test_score_of_several_steps(g):
     """With all of the slice in the foreground, as the reference restores its background too."""
     everywhere = torch.ones_like(g["x"], dtype=torch.bool)
-    detector = DISYRE(Toy(), num_steps=5, walk=True)
+    detector = DISYRE(Toy(), num_steps=5, multi_step=True)
     detection = detector.detect(g["x"], everywhere)
     score = detection.anomaly_map * (g["x"] > 0)
     torch.testing.assert_close(score, g["score_multi_step"], atol=1e-5, rtol=0)
@@ -132,9 +132,9 @@ def test_score_of_the_walk(g):
     assert len(detector.unet.asked) == 5
 
 
-@pytest.mark.parametrize("walk", [True, False])
-def test_background_is_not_restored(walk):
-    """What the network says of the background, which it never learned, does not reach the foreground in a walk."""
+@pytest.mark.parametrize("multi_step", [True, False])
+def test_background_is_not_restored(multi_step):
+    """What the network says of the background, which it never learned, does not reach the foreground in a second step."""
     seen = []
 
     class Bright(Toy):
@@ -143,7 +143,7 @@ def test_background_is_not_restored(walk):
             return torch.where(x == 0, 1.0, 0.0)
 
     image = slices()
-    detection = DISYRE(Bright(), walk=walk).detect(image)
+    detection = DISYRE(Bright(), multi_step=multi_step).detect(image)
     for x in seen:
         torch.testing.assert_close(x, image)
     assert detection.anomaly_map.max() < 1e-6
@@ -155,14 +155,14 @@ def test_starts_as_the_identity():
     torch.testing.assert_close(detection.reconstruction, slices())
 
 
-@pytest.mark.parametrize("settings", [{}, {"walk": True}, {"num_steps": 1, "median_size": 3}])
+@pytest.mark.parametrize("settings", [{}, {"multi_step": True}, {"num_steps": 1, "median_size": 3}])
 def test_detection(check_detection, settings):
     check_detection(trained_like(**settings), slices())
 
 
-@pytest.mark.parametrize("walk", [True, False])
-def test_slice_gives_the_same_alone_and_in_any_batch(check_batches, walk):
-    check_batches(trained_like(walk=walk), slices())
+@pytest.mark.parametrize("multi_step", [True, False])
+def test_slice_gives_the_same_alone_and_in_any_batch(check_batches, multi_step):
+    check_batches(trained_like(multi_step=multi_step), slices())
 
 
 def test_detection_draws_nothing():
