@@ -93,11 +93,16 @@ def pooled(
     metrics = DetectionMetrics()
     subjects = np.array(slices.subject)
     foreground = foreground_of(slices.image)[:, 0]
-    images = {} if reconstruction is None else {"image": slices.image, "reconstruction": reconstruction}
     for subject in np.unique(subjects):
         own = torch.from_numpy(subjects == subject)
-        volumes = (x[own].movedim(0, -1) for x in (maps, slices.lesion, foreground))
-        own_images = {name: x[own].movedim(0, -1) for name, x in images.items()}
-        of_method = None if scores is None else scores[own]
-        metrics.update(str(subject), *volumes, method_slice_scores=of_method, **own_images)
+        anomaly_map, lesion, brain = (x[own].movedim(0, -1) for x in (maps, slices.lesion, foreground))
+        metrics.update(
+            str(subject),
+            anomaly_map,
+            lesion,
+            brain,
+            method_slice_scores=None if scores is None else scores[own],
+            image=None if reconstruction is None else slices.image[own].movedim(0, -1),
+            reconstruction=None if reconstruction is None else reconstruction[own].movedim(0, -1),
+        )
     return metrics.compute(seed)

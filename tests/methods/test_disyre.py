@@ -134,7 +134,7 @@ def test_score_of_several_steps(g):
 
 @pytest.mark.parametrize("multi_step", [True, False])
 def test_background_is_not_restored(multi_step):
-    """What the network says of the background, which it never learned, does not reach the foreground in a second step."""
+    """What the network says of the background, which it never learned, does not reach the foreground."""
     seen = []
 
     class Bright(Toy):
