@@ -54,13 +54,13 @@ class IterMask2(AnomalyDetector):
         first_share: of the foreground, that the first mask covers.
         min_shrink: the mask of a slice that would lose less than this share is its last.
         tau_percentile: of the errors of healthy pixels under random masks, above which a pixel stays in the mask:
-            80 as published for tumours, 70 for strokes on T1. `fit_threshold` sets it.
+            80 as published for tumours, 70 for strokes on T1. `fit_threshold` sets this `threshold`.
         max_rounds: calls of the second network, at most; 0 for the prediction of the first network alone.
 
     Raises SettingError where a number is out of its range.
     """
 
-    tau: Tensor
+    threshold: Tensor
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class IterMask2(AnomalyDetector):
         self.tau_percentile = tau_percentile
         self.max_rounds = max_rounds
         # until it is fitted no pixel leaves the first mask
-        self.register_buffer("tau", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float64))
         # twice: reflect padding needs two pixels at the coarsest level
         self.size_divisor = 2 * math.lcm(first.size_divisor, network.size_divisor)
 
@@ -122,7 +122,7 @@ class IterMask2(AnomalyDetector):
             masks.append(mask)
             prediction = self.rebuild(v, mask, condition, [generator])
             error = squared_error(v, prediction) * mask  # only the mask is rebuilt, so it can only shrink
-            threshold = self.tau.to(error)
+            threshold = self.threshold.to(error)
         return Refined(prediction, masks)
 
     def condition(self, v: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ class IterMask2(AnomalyDetector):
 
     @torch.no_grad()
     def fit_threshold(self, batches: Iterable[Tensor]) -> None:
-        """Set tau from errors of the second network in healthy slices under random masks. Call `eval()` first.
+        """Set the threshold from the second network's errors in healthy slices under random masks. Call `eval()` first.
 
         batches: slices (B, C, H, W); slice i has the seed i, so the result does not depend on the batches.
         Raises BundleError where no slice has a foreground.
@@ -157,7 +157,7 @@ class IterMask2(AnomalyDetector):
         values = torch.cat(errors)
         if not len(values):
             raise BundleError("fit_threshold", "the slices are empty", "calibrate on images of healthy brains")
-        self.tau.fill_(healthy_threshold(values, self.tau_percentile))
+        self.threshold.fill_(healthy_threshold(values, self.tau_percentile))
 
 
 class IterMask2Objective(TrainingObjective):

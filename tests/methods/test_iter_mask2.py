@@ -49,7 +49,7 @@ def toy(tau=0.45, **settings):
     first = Counted(lambda c: 0.6 * c - 0.1)
     second = Counted(lambda x: 0.5 * F.avg_pool2d(x[:, :1].clamp(-2, 2), 5, 1, 2) + 0.7 * x[:, 1:], in_channels=2)
     detector = IterMask2(first, second, **{"radius": 5.0, "canvas": 24, **settings}).eval()
-    detector.tau.fill_(tau)
+    detector.threshold.fill_(tau)
     return detector
 
 
@@ -60,7 +60,7 @@ def tiny(channels=1, **settings):
     detector = IterMask2(first, second, **{"radius": 2.0, "canvas": 16, **settings}).eval()
     for parameter in detector.parameters():
         nn.init.normal_(parameter, std=0.3)
-    detector.tau.fill_(2.0)
+    detector.threshold.fill_(2.0)
     return detector
 
 
@@ -174,18 +174,18 @@ def test_healthy_threshold_of_few_errors():
 def test_fitted_threshold_is_exceeded_by_the_stated_share_of_covered_pixels_in_any_batches():
     detector, image = tiny(tau_percentile=70.0), slices(8)
     detector.fit_threshold(image.split(3))
-    fitted = detector.tau.clone()
+    fitted = detector.threshold.clone()
     detector.fit_threshold([image])
-    torch.testing.assert_close(detector.tau, fitted, rtol=1e-4, atol=0)
+    torch.testing.assert_close(detector.threshold, fitted, rtol=1e-4, atol=0)
     v, drawn = to_network(image), generators(*range(8))
     mask = detector.random_masks(foreground_of(image), drawn)
     with torch.no_grad():
         error = (v - detector.rebuild(v, mask, detector.condition(v), drawn)).square()[mask]
-    assert (error > detector.tau.float()).float().mean() == pytest.approx(0.3, abs=2 / len(error))
+    assert (error > detector.threshold.float()).float().mean() == pytest.approx(0.3, abs=2 / len(error))
     other = tiny()
     other.load_state_dict(detector.state_dict())
-    assert other.tau == detector.tau > 0
-    assert detector.tau.dtype == torch.float64  # weights files keep it in full precision
+    assert other.threshold == detector.threshold > 0
+    assert detector.threshold.dtype == torch.float64  # weights files keep it in full precision
 
 
 @pytest.mark.parametrize("batches", [[], [torch.zeros(2, 1, 16, 16)]])
@@ -193,7 +193,7 @@ def test_threshold_of_no_healthy_pixel_is_refused(batches):
     detector = tiny()
     with pytest.raises(BundleError, match=r"fit_threshold: the slices are empty; calibrate on images of healthy"):
         detector.fit_threshold(batches)
-    assert detector.tau == 2
+    assert detector.threshold == 2
 
 
 # --- refinement ---
@@ -301,7 +301,7 @@ def test_lesion_without_edges_of_its_own_is_found():
     first = Counted(lambda _: to_network(healthy))
     second = Counted(lambda _: to_network(healthy), in_channels=2)
     detector = IterMask2(first, second)
-    detector.tau.fill_(0.1)
+    detector.threshold.fill_(0.1)
     refined = detector.refine(to_network(ill), foreground_of(ill), generators(0)[0])
     assert torch.equal(refined.masks[-1], (6 * (ill - healthy)).square() > 0.1)
     torch.testing.assert_close(detector.detect(ill).anomaly_map, 36 * (ill - healthy).square())  # units of v
@@ -457,7 +457,7 @@ def test_averaged_networks_are_what_was_trained():
     average = ExponentialMovingAverage(objective, decay=0.5)
     for _ in range(30):
         average.update_parameters(objective)
-    assert [name for name, _ in detector.named_buffers()] == ["tau"]
+    assert [name for name, _ in detector.named_buffers()] == ["threshold"]
     image = slices(4)
     x = torch.cat([image, detector.condition(image)], dim=1)
     networks = (average.module.detector.network, detector.network.train(), detector.network.eval())

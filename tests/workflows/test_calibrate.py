@@ -18,9 +18,11 @@ from common.detection.normalisation import ATLAS_SUBJECTS, WithinSubjectNormalis
 from common.detection.volume import VolumeDetector
 from common.diffusion.gaussian import GaussianScheduler
 from common.errors import BundleError, CohortError
+from common.methods.iter_mask2 import IterMask2
 from common.methods.latent_ddpm import LatentDDPM
 from common.networks.latent_space import LatentSpace
 from common.networks.vq_autoencoder import VQAutoencoder
+from common.networks.weight_standardised_unet import WeightStandardisedUNet
 from common.transforms.pipeline import BrainPreprocessing
 from common.transforms.postprocess import read_calibration
 from common.weights import load_into, load_weights, save_weights
@@ -40,6 +42,12 @@ def network(normalisation=None):
     settings = {"kl_range": (4, 6), "healing_start": 5, "num_score_timesteps": 9}
     method = LatentDDPM(LatentSpace(autoencoder, 2), unet, scheduler, (4, 4), **settings)
     return VolumeDetector(method, normalisation=normalisation)
+
+
+def masking_network():
+    torch.manual_seed(0)
+    networks = [WeightStandardisedUNet(c, (4, 8), (2, 2), out_channels=1) for c in (1, 2)]
+    return VolumeDetector(IterMask2(*networks, radius=2.0, canvas=8))
 
 
 def preprocessing():
@@ -256,12 +264,14 @@ def test_without_sites_the_report_is_of_all(weights, capsys):
     assert "all: 1 subjects, 1.00% of a healthy brain" in capsys.readouterr().out
 
 
-def test_threshold_of_the_method_is_fitted_and_written_in_full_precision(dataset, weights):
-    volume = network()
+@pytest.mark.parametrize("make", [network, masking_network])
+def test_threshold_of_the_method_is_fitted_and_written_in_full_precision(dataset, weights, make):
+    volume = make()
     path = weights(volume)
     stored = calibrate(volume, path, [one_to_hundred()], slices=dataset)
     assert stored["detector.threshold"].dtype == torch.float64
-    expected = network()
+    assert stored["detector.threshold"].any()
+    expected = make()
     load_into(expected, path)
     assert torch.equal(expected.detector.threshold, volume.detector.threshold)
     expected.detector.fit_threshold(torch.stack([item["image"] for item in dataset]).split(4))  # other batches
