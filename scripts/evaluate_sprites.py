@@ -28,6 +28,7 @@ from torch import Tensor
 
 from common.cohorts.table import cohort_modalities, read_cohort
 from common.detection.method import foreground_of, seeded_generators, top_mean
+from common.detection.volume import slice_seeds
 from common.errors import one_line
 from common.files import replacing
 from common.metrics import intensity_threshold, latent_ddpm_sprites
@@ -82,7 +83,7 @@ def measure(row: Variant, cohorts: list[Path], device: torch.device, batch_size:
     detector = network.to(device).eval().detector
 
     def batches(slices: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        seeds = network.seed * 1_000_003 + positions  # as in `VolumeDetector`
+        seeds = slice_seeds(network.seed, positions)
         return zip(slices.to(device).split(batch_size), seeds.split(batch_size), strict=True)
 
     def method(slices: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:

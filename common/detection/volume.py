@@ -122,7 +122,7 @@ class VolumeDetector(Recorded, nn.Module):
         for seed in range(self.seed, self.seed + self.num_seeds):
             for mirrored in (False, True)[: 1 + self.mirror]:
                 seen = slices.flip(2) if mirrored else slices
-                yield F.pad(seen, (0, -width % divisor, 0, -height % divisor)), seed * 1_000_003 + positions, mirrored
+                yield F.pad(seen, (0, -width % divisor, 0, -height % divisor)), slice_seeds(seed, positions), mirrored
 
     def _detect(self, slices: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map and reconstruction in one, and the scores that come with them: means over the views."""
@@ -149,6 +149,11 @@ def volume_mean(slice_scores: Tensor | None) -> float | None:
     if slice_scores is None or slice_scores.isnan().all():
         return None
     return float(slice_scores.double().nanmean())
+
+
+def slice_seeds(seed: int, positions: Tensor) -> Tensor:
+    """One seed for each slice, of a seed of the volume and the slices' indices along the axis, (B,) int64 -> same."""
+    return seed * 1_000_003 + positions  # a prime: volumes of neighbouring seeds share none
 
 
 def smoothed_within(anomaly_map: Tensor, foreground: Tensor, smoothing_vox: float) -> Tensor:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..cohorts.table import read_cohort
 from ..detection.method import foreground_of
+from ..detection.volume import slice_seeds
 from ..images.check import typed_errors
 from ..metrics import DetectionMetrics
 from ..transforms.load import load_lesion
@@ -65,7 +66,7 @@ def load_slices(
             lesion = moved.as_tensor()[0] > 0
         values = image.as_tensor().movedim(-1, 0)
         used = (values > 0).flatten(1).any(1).nonzero().flatten()
-        seeds = seed * 1_000_003 + used  # as `VolumeDetector` has them
+        seeds = slice_seeds(seed, used)
         parts.append(Slices(values[used], lesion.movedim(-1, 0)[used], [subject] * len(used), seeds))
     return Slices(
         torch.cat([part.image for part in parts]),
