@@ -167,7 +167,7 @@ def test_papers_train_as_they_say(bundle):
         paper = json.loads(path.read_text(encoding="utf-8"))
         for stage in (bundle / "configs").glob("train*.json"):
             parser = ConfigParser()
-            parser.read_config([stage, path])
+            parser.read_config([stage.with_name("train.json"), stage, path])
             for item, name in (("trainer", "ema_decay"), ("trainer", "max_norm"), ("inferer", "bfloat16")):
                 if name not in paper:
                     continue

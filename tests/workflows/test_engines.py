@@ -22,6 +22,7 @@ class Brighter(nn.Module):
     def __init__(self):
         super().__init__()
         self.offset = nn.Parameter(torch.zeros(()))
+        self.slice_scores = None
 
     def forward(self, image):
         return image + self.offset
