@@ -14,7 +14,7 @@ OK, UNRELIABLE = "ok", "unreliable"
 MEASURED = ("map_scale", "contrast_order", "vessel_share", "air_level", "bone_share")
 
 # The limits lie in the gaps between the groups of docs/reliability.md
-SCALE_FACTOR = 1.4  # times the largest scale of the healthy subjects of the calibration
+SCALE_FACTOR = 1.55  # times the largest scale of the healthy subjects of the calibration
 LEAST_ORDER = 0.25  # T1: 0.33 and more, of healthy subjects 0.45 and more; FLAIR and T2: 0.19 and less
 MOST_VESSELS = 0.005  # T1: 0.0045 and less, of healthy subjects 0.002 and less; after contrast agent 0.0065 and more
 MAX_SPACING_MM = 3.5  # thicker slices mix the tissues of several slices that the network was trained on

@@ -23,7 +23,7 @@ def test_scale_order_and_modes_are_reasons(script):
     assert row["tested"] == 4
     assert set(row["reasons"]) == {"wide", "turned", "flat"}
     assert row["unreliable"] == 3
-    assert row["limit_of_scale"] == pytest.approx(1.4)
+    assert row["limit_of_scale"] == pytest.approx(1.55)
 
 
 def test_without_other_sites_the_scale_says_nothing(script):
