@@ -36,7 +36,7 @@ class Toy(nn.Module):
 
 def tiny(**settings):
     torch.manual_seed(0)
-    return DISYRE(PixelUnshuffleUNet(1, 1, 2, **SETTINGS), **settings).eval()
+    return DISYRE(PixelUnshuffleUNet(1, 2, **SETTINGS), **settings).eval()
 
 
 def trained_like(**settings):
