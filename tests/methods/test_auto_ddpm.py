@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from arrays import generators, golden, slices
 from monai.networks.nets import DiffusionModelUNet
+from stubs import Stub, toy
 from torch import nn
 
 from common.errors import BundleError, SettingError
@@ -25,25 +26,6 @@ from common.networks.strided_autoencoder import StridedAutoencoderKL
 from common.weights import save_weights
 
 FAST = {"level": 20, "num_inference_steps": 2, "stitch_level": 4, "n_resample": 2}
-
-
-def toy(x, t):
-    return torch.tanh(0.7 * x + 0.3) - 0.1 * t.view(-1, 1, 1, 1) / 1000
-
-
-class Stub(nn.Module):
-    """Stands for the U-Net: a function of (x_t, t), that of the golden arrays by default; remembers its calls."""
-
-    block_out_channels = (1,)
-
-    def __init__(self, predict=toy):
-        super().__init__()
-        self.predict = predict
-        self.calls = []
-
-    def forward(self, x, t):
-        self.calls.append((x, t))
-        return self.predict(x, t)
 
 
 class ToyMap(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from arrays import golden, slices
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
+from stubs import Stub
 from torch import nn
 
 from common.detection.method import median, noise_like
@@ -15,30 +16,10 @@ from common.errors import ImageShapeError, SettingError
 from common.methods.ddpm import DDPM, DDPMObjective, gaussian_noise, sampling_steps
 
 
-def toy(x, t):
-    """The model of the golden arrays."""
-    return torch.tanh(0.7 * x + 0.3) - 0.1 * t.view(-1, 1, 1, 1) / 1000
-
-
 class LevelL1(DDPM):
     """As AnoDDPM counts."""
 
     first_index = "L-1"
-
-
-class Stub(nn.Module):
-    """Stands for the U-Net: a function of (x_t, t); remembers its calls."""
-
-    block_out_channels = (1,)
-
-    def __init__(self, predict=toy):
-        super().__init__()
-        self.predict = predict
-        self.calls = []
-
-    def forward(self, x, t):
-        self.calls.append((x, t))
-        return self.predict(x, t)
 
 
 class Given:

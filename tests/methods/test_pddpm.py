@@ -9,6 +9,7 @@ import torch
 from arrays import GOLDEN, golden, slices
 from monai.networks.nets import DiffusionModelUNet
 from scipy import ndimage
+from stubs import Stub
 from torch import nn
 
 from common.errors import ImageShapeError, SettingError
@@ -25,21 +26,6 @@ PAPER_UNET = {
     "num_head_channels": 64,
     "resblock_updown": True,
 }
-
-
-class Stub(nn.Module):
-    """The model of the golden arrays, or another function of (x_t, t); remembers its calls."""
-
-    block_out_channels = (1,)
-
-    def __init__(self, predict=lambda x, t: torch.tanh(0.7 * x + 0.3) - 0.1 * t.view(-1, 1, 1, 1) / 1000):
-        super().__init__()
-        self.predict = predict
-        self.calls = []
-
-    def forward(self, x, t):
-        self.calls.append((x, t))
-        return self.predict(x, t)
 
 
 def tiny(channels=1, **settings):
