@@ -10,21 +10,22 @@ subjects.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from measure_sites import first_subjects
 from monai.data import MetaTensor
-from prepared import Brain, PreparedBrains
+from prepared import Brain, Cohort, Kept, Masks, Method, Output, PreparedBrains, spread_masks
 from scipy import ndimage
 from torch import Tensor
 
 from common.cohorts.synthetic_lesions import InsertLesions
 from common.detection.reliability import doubts
+from common.errors import one_line
 from common.results.case import versions
 from common.transforms.intensity import CorrectBiasFieldd, ScaleIntensityByForegroundd
 from common.transforms.load import load_image
@@ -35,24 +36,21 @@ SHARES = (0.05, 0.15, 0.30)
 MEASURES = ("abnormal_share", "tissue_shift", "map_scale", "recall", "share_of_the_rest")
 
 
-def main() -> None:
+def main(
+    cohort: Cohort,
+    method: Method,
+    masks: Masks,
+    output: Output,
+    first: Annotated[int, typer.Option(help="So many healthy test subjects of each site.")] = 2,
+    kept: Kept = None,
+) -> None:
     """Print a line a share, and write each subject's figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cohort", type=Path)
-    parser.add_argument("-m", "--method", required=True)
-    parser.add_argument("--masks", type=Path, required=True, help="folder of lesion masks in MNI152 space, *.nii*")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--first", type=int, default=2, help="so many healthy test subjects of each site")
-    parser.add_argument("--kept", type=Path, help="folder of prepared brains and raw maps")
-    arguments = parser.parse_args()
 
-    prepared = PreparedBrains(arguments.method, arguments.kept)
-    items = [i for i in prepared.cohort(arguments.cohort) if i["split"] == "test" and "lesion" not in i]
-    chosen = list(first_subjects(items, arguments.first))
-    masks = sorted(arguments.masks.glob("*.nii*"))
-    masks = masks[:: max(len(masks) // len(chosen), 1)]
+    prepared = PreparedBrains(method, kept)
+    items = [i for i in prepared.cohort(cohort) if i["split"] == "test" and "lesion" not in i]
+    chosen = list(first_subjects(items, first))
     rows = []
-    for item, mask in zip(chosen, masks, strict=False):
+    for item, mask in zip(chosen, spread_masks(masks, len(chosen)), strict=False):
         for row in measured(prepared, prepared(item), mask):
             print(row, flush=True)
             rows.append(row)
@@ -61,8 +59,8 @@ def main() -> None:
         means = {name: np.mean([row[name] for row in group if row[name] is not None] or np.nan) for name in MEASURES}
         unreliable = sum(bool(row["doubts"]) for row in group)
         print(share, {name: round(float(x), 4) for name, x in means.items()}, "unreliable", unreliable)
-    about = {"key": arguments.method, "weights_sha256": prepared.weights_sha256, "seed": 0, "versions": versions()}
-    write_result(about | {"volumes": rows}, arguments.output)
+    about = {"key": method, "weights_sha256": prepared.weights_sha256, "seed": 0, "versions": versions()}
+    write_result(about | {"volumes": rows}, output)
 
 
 def measured(prepared: PreparedBrains, brain: Brain, mask: Path) -> Iterator[dict[str, Any]]:
@@ -136,4 +134,4 @@ def figures(
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(one_line(main))

@@ -10,18 +10,17 @@ of one core a case. `--masks-only` registers the masks of the brains and leaves 
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import typer
 from measure_sites import SHARE
 from monai.data import MetaTensor
-from prepared import Brain, PreparedBrains, evaluated, figures
+from prepared import Brain, Cohort, Kept, Method, Output, PreparedBrains, evaluated, figures
 from scipy import ndimage
 from torch import Tensor
 
@@ -37,6 +36,7 @@ from common.detection.normalisation import (
     smoothed_inside,
     to_atlas,
 )
+from common.errors import one_line
 from common.report.benchmark_table import cell
 from common.results.case import versions
 from common.transforms import registration
@@ -60,18 +60,17 @@ class Case:
     seconds: float  # of the registration
 
 
-def main() -> None:
+def main(
+    cohort: Cohort,
+    method: Method,
+    output: Output,
+    masks_only: Annotated[bool, typer.Option("--masks-only", help="Register without the intensities.")] = False,
+    kept: Kept = None,
+) -> None:
     """Print a line a combination and site, and write all figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cohort", type=Path)
-    parser.add_argument("-m", "--method", required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--masks-only", action="store_true", help="leave the intensities out of the registration")
-    parser.add_argument("--kept", type=Path, help="folder of prepared brains and raw maps")
-    arguments = parser.parse_args()
 
-    prepared = PreparedBrains(arguments.method, arguments.kept)
-    cases = [case_of(prepared, item, arguments.masks_only) for item in prepared.cohort(arguments.cohort)]
+    prepared = PreparedBrains(method, kept)
+    cases = [case_of(prepared, item, masks_only) for item in prepared.cohort(cohort)]
     settings = prepared.network.normalisation
     results, seconds = {}, {}
     for atlas_by in (BOX, AFFINE):
@@ -85,9 +84,9 @@ def main() -> None:
         rows[name]["seconds"] = seconds[name]
         for site, row in rows[name].items():
             print(name, site, row if site == "seconds" else {key: cell(value) for key, value in row.items()})
-    about = {"key": arguments.method, "calibrated_on": sum(case.brain.split == "val" for case in cases)}
+    about = {"key": method, "calibrated_on": sum(case.brain.split == "val" for case in cases)}
     about |= {"weights_sha256": prepared.weights_sha256, "seed": 0, "versions": versions()}
-    write_result(about | {"combinations": rows}, arguments.output)
+    write_result(about | {"combinations": rows}, output)
 
 
 def case_of(prepared: PreparedBrains, item: dict[str, Any], masks_only: bool = False) -> Case:
@@ -182,4 +181,4 @@ def moved(volume: np.ndarray, matrix: np.ndarray, shape: tuple[int, ...]) -> np.
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(one_line(main))

@@ -9,33 +9,27 @@ shipped calibration, and with one of the other sites alone.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from prepared import PreparedBrains
+import typer
+from prepared import Cohort, Kept, Method, Output, PreparedBrains
 from torch import Tensor
 
 from common.detection.normalisation import robust_z
 from common.detection.reliability import SCALE_FACTOR, doubts
+from common.errors import one_line
 from common.results.case import versions
 from common.workflows.evaluation import write_result
 
 SIGNS = ("contrast_order", "vessel_share")
 
 
-def main() -> None:
+def main(cohort: Cohort, method: Method, output: Output, kept: Kept = None) -> None:
     """Print a line a site, and write the signs of each subject as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cohort", type=Path)
-    parser.add_argument("-m", "--method", required=True)
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--kept", type=Path, help="folder of prepared brains and raw maps")
-    arguments = parser.parse_args()
 
-    prepared = PreparedBrains(arguments.method, arguments.kept)
-    items = [item for item in prepared.cohort(arguments.cohort) if "lesion" not in item]
+    prepared = PreparedBrains(method, kept)
+    items = [item for item in prepared.cohort(cohort) if "lesion" not in item]
     subjects = [measured(prepared, item) for item in items]
     scales = prepared.network.normalisation.scale_quantiles
     sites = {}
@@ -44,8 +38,8 @@ def main() -> None:
         others = [s["signs"]["map_scale"] for s in subjects if s["split"] == "val" and s["site"] != site]
         sites[site] = row(tested, scales) | {"left_out": row(tested, torch.tensor(others))}
         print(site, sites[site])
-    about = {"key": arguments.method, "weights_sha256": prepared.weights_sha256, "versions": versions()}
-    write_result(about | {"sites": sites, "subjects": subjects}, arguments.output)
+    about = {"key": method, "weights_sha256": prepared.weights_sha256, "versions": versions()}
+    write_result(about | {"sites": sites, "subjects": subjects}, output)
 
 
 def measured(prepared: PreparedBrains, item: dict[str, Any]) -> dict[str, Any]:
@@ -80,4 +74,4 @@ def finite(value: Any) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(one_line(main))

@@ -120,12 +120,16 @@ class RawMaps:
         data = self.config.get_parsed_content("preprocessing")(item)
         image = data["image"]
         brain = foreground_of(image.as_tensor()[None])[0]
-        lesion = torch.zeros_like(brain)
-        if "lesion" in item:
-            mask = load_lesion(str(item["lesion"]), data["brain"])
-            lesion = on_grid(mask, image) & brain
+        lesion = lesion_of(item, data, brain)
         anomaly_map = image.as_tensor() if self.images else self.network(image.as_tensor()[None])[0, :1]
         return {"map": anomaly_map.half(), "brain": brain, "lesion": lesion}
+
+
+def lesion_of(item: dict[str, Any], data: dict[str, Any], brain: Tensor) -> Tensor:
+    """The lesion of an item on the grid of its prepared image, within the brain (1, H, W, D) bool; none if healthy."""
+    if "lesion" not in item:
+        return torch.zeros_like(brain)
+    return on_grid(load_lesion(str(item["lesion"]), data["brain"]), data["image"]) & brain
 
 
 def on_grid(mask: MetaTensor, image: MetaTensor) -> Tensor:

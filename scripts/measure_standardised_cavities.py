@@ -10,18 +10,17 @@ same tissue without it, and the mean intensity of the cavity.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import torch
+import typer
 from measure_abnormal_share import SHARES, grown_mask
 from measure_standardisation import AS_LEARNED, FLAT, OWN, Way, changed, flat_way, library_way, own_way
 from monai.data import MetaTensor
-from prepared import Brain, PreparedBrains
+from prepared import Brain, Cohort, Kept, Masks, Method, Output, PreparedBrains, spread_masks
 from torch import Tensor
 
 from common.cohorts.synthetic_lesions import InsertLesions
+from common.errors import one_line
 from common.results.case import versions
 from common.transforms.intensity import ScaleIntensityByForegroundd
 from common.workflows.evaluation import write_result
@@ -29,28 +28,20 @@ from common.workflows.evaluation import write_result
 WAYS = (AS_LEARNED, OWN, "nyul", FLAT)
 
 
-def main() -> None:
+def main(cohort: Cohort, method: Method, masks: Masks, output: Output, kept: Kept = None) -> None:
     """Print a line a way and share, and write each subject's figures as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cohort", type=Path)
-    parser.add_argument("-m", "--method", required=True)
-    parser.add_argument("--masks", type=Path, required=True, help="folder of lesion masks in MNI152 space, *.nii*")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--kept", type=Path, help="folder of prepared brains and raw maps")
-    arguments = parser.parse_args()
 
-    prepared = PreparedBrains(arguments.method, arguments.kept)
-    brains = [prepared(item) for item in prepared.cohort(arguments.cohort) if "lesion" not in item]
+    prepared = PreparedBrains(method, kept)
+    brains = [prepared(item) for item in prepared.cohort(cohort) if "lesion" not in item]
     healthy = [brain for brain in brains if brain.split == "val" and brain.site == brains[0].site]
     tested = [brain for brain in brains if brain.split == "test"]
-    masks = sorted(arguments.masks.glob("*.nii*"))
-    masks = masks[:: max(len(masks) // len(tested), 1)]
+    chosen = spread_masks(masks, len(tested))
     given: dict[str, Way] = {AS_LEARNED: lambda image: image, OWN: own_way(prepared), FLAT: flat_way(healthy)}
     ways = {name: given.get(name) or library_way(name, healthy) for name in WAYS}
     rows = []
     for share in SHARES:
         cavities = [
-            with_cavity(prepared, brain, *grown_mask(mask, share)) for brain, mask in zip(tested, masks, strict=False)
+            with_cavity(prepared, brain, *grown_mask(mask, share)) for brain, mask in zip(tested, chosen, strict=False)
         ]
         for name, way in ways.items():
             here = [row(way, before, after, lesion) for before, after, lesion in cavities]
@@ -58,7 +49,7 @@ def main() -> None:
                 {"way": name, "share": share, "subject": b.subject} | r for b, r in zip(tested, here, strict=False)
             ]
             print(name, share, {key: round(float(np.mean([r[key] for r in here])), 3) for key in here[0]}, flush=True)
-    write_result({"seed": 0, "versions": versions(), "volumes": rows}, arguments.output)
+    write_result({"seed": 0, "versions": versions(), "volumes": rows}, output)
 
 
 def with_cavity(
@@ -87,4 +78,4 @@ def row(way: Way, before: Brain, after: Brain, lesion: Tensor) -> dict[str, floa
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(one_line(main))

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
-from measure_sites import on_grid
+import typer
+from measure_sites import lesion_of
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from torch import Tensor
@@ -20,9 +21,14 @@ from common.bundle import BUNDLES_DIR
 from common.cohorts.table import read_cohort
 from common.metrics import DetectionMetrics
 from common.metrics.bootstrap import paired_difference
-from common.transforms.load import load_lesion
 from common.transforms.tissue import StandardiseTissued
 from common.weights import load_into, weights_sha256
+
+Cohort = Annotated[Path, typer.Argument(help="Cohort CSV.")]
+Method = Annotated[str, typer.Option("-m", "--method", help="Key of a bundle.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The JSON.")]
+Masks = Annotated[Path, typer.Option(help="Folder of lesion masks in MNI152 space, *.nii*.")]
+Kept = Annotated[Path | None, typer.Option(help="Folder of prepared brains and raw maps.")]
 
 VOXEL_ML = 0.008
 RESAMPLES = 300
@@ -87,9 +93,7 @@ class PreparedBrains:
     def _prepare(self, item: dict[str, Any]) -> dict[str, Tensor]:
         data = self.preprocessing(item)
         image = data["image"]
-        lesion = torch.zeros(image.shape, dtype=torch.bool)
-        if "lesion" in item:
-            lesion = on_grid(load_lesion(str(item["lesion"]), data["brain"]), image) & (image.as_tensor() > 0)
+        lesion = lesion_of(item, data, image.as_tensor() > 0)
         return {"image": image.as_tensor(), "affine": image.affine, "lesion": lesion}
 
     def raw_map(self, variant: str, subject: str, image: Tensor) -> Tensor:
@@ -109,6 +113,12 @@ class PreparedBrains:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(make(), path)
         return torch.load(path, weights_only=True)
+
+
+def spread_masks(folder: Path, count: int) -> list[Path]:
+    """The lesion masks of a folder, evenly thinned where there are more than `count`, which is above 0."""
+    masks = sorted(folder.glob("*.nii*"))
+    return masks[:: max(len(masks) // count, 1)]
 
 
 def evaluated(pairs: Iterable[tuple[Brain, Tensor]], threshold: float) -> dict[str, dict[str, Any]]:
