@@ -303,13 +303,13 @@ def test_reconstruction_has_the_contrast_and_the_units_of_the_image(brain):
         (2.0, {}, []),
         (4.0, {}, []),  # nothing is known of a bundle that does not normalise
         (2.0, {"map_scale": 1.3}, []),
-        (2.0, {"map_scale": 1.5}, ["differs from the image 3.0 times as much as in a healthy subject"]),
+        (2.0, {"map_scale": 2.0}, ["differs from the image 4.0 times as much as in a healthy subject"]),
         (2.0, {"map_scale": 1.0, "tissue_modes": np.array([0.3, 0.6, 0.8])}, []),
         (2.0, {"map_scale": 1.0, "tissue_modes": np.full(3, np.nan)}, ["do not show as in a T1 image"]),
-        (4.0, {"map_scale": 1.5}, ["differs from the image"]),  # of a whole head nobody knows the spacing
+        (4.0, {"map_scale": 2.0}, ["differs from the image"]),  # of a whole head nobody knows the spacing
         (
             4.0,
-            {"map_scale": 1.5, "tissue_modes": np.array([0.3, 0.6, 0.8])},
+            {"map_scale": 2.0, "tissue_modes": np.array([0.3, 0.6, 0.8])},
             ["differs from the image", "slices of 4.0 mm"],
         ),
     ],
