@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from monai.transforms import Compose
 
-from common.transforms.augment import slices
+from common.errors import SettingError
+from common.transforms.augment import FAINTEST, RandTissueContrastd, slices
 
 FLIP = {"_target_": "RandFlipd", "keys": ["image", "foreground"], "prob": 0.5, "spatial_axis": 0}
 AFFINE = {"_target_": "RandAffined", "keys": ["image", "foreground"], "mode": ["bilinear", "nearest"]}
@@ -50,3 +52,32 @@ def test_probability_is_of_each():
     assert [transform.prob for transform in slices({"prob": 0.8}, 0.1, [0.5, 2], [3, 4], 0.2, prob=0.3)] == [
         *(0.3, 0.8, 0.3, 0.3, 0.3, 0.3)
     ]
+
+
+MODES = (0.4, 0.6, 0.8)
+FLAIR = ((0.0, 0.1), (0.1, 0.3), (0.6, 0.8), (0.5, 0.6), (0.4, 0.7))
+
+
+def test_tissues_take_values_of_their_ranges():
+    transform = RandTissueContrastd("image", MODES, FLAIR).set_random_state(seed=0)
+    image = MetaTensor(torch.tensor([[[0.0, 0.4, 0.5, 0.6, 0.8, 1.0]]]))
+    drawn = torch.cat([transform({"image": image})["image"].as_tensor() for _ in range(200)]).squeeze(1)
+    assert (drawn[:, 0] == 0).all()
+    for column, (low, high) in zip((1, 3, 4, 5), FLAIR[1:], strict=True):
+        assert low <= drawn[:, column].min() < low + 0.1 * (high - low) + 1e-6
+        assert high - 0.1 * (high - low) - 1e-6 < drawn[:, column].max() <= high
+    torch.testing.assert_close(drawn[:, 2], (drawn[:, 1] + drawn[:, 3]) / 2)  # between two tissues
+
+
+def test_brain_stays_brain():
+    dark = RandTissueContrastd("image", MODES, [(0.0, 0.0)] * 5)
+    image = torch.tensor([[[0.0, 1e-4, 0.5, 1.0]]])
+    assert dark({"image": image})["image"].tolist() == [[[0.0, *[pytest.approx(FAINTEST)] * 3]]]
+
+
+@pytest.mark.parametrize(
+    ("modes", "ranges"), [((0.6, 0.4, 0.8), FLAIR), ((0.4, 0.6), FLAIR), (MODES, FLAIR[:4]), (MODES, [(0.5, 0.2)] * 5)]
+)
+def test_curves_that_are_none_are_refused(modes, ranges):
+    with pytest.raises(SettingError):
+        RandTissueContrastd("image", modes, ranges)
