@@ -71,6 +71,8 @@ class BerDiff(AnomalyDetector):
             difference to their mean. "mahalanobis": that over their variance, so that what no two samples draw alike
             counts less (Behrendt et al., 2024, pixel by pixel).
         regularisation: added to the variance in "mahalanobis".
+        compared_with: what the reconstructions are compared with. "image", as published, or "decoded": D(p), the
+            image as the autoencoder gives it back, so that its own error cancels.
         batch_size: slices that the encoder and the U-Net take at a time, by the memory of the device; see
             `in_equal_batches`.
 
@@ -94,6 +96,7 @@ class BerDiff(AnomalyDetector):
         num_passes: int = 1,
         combine: Literal["maps", "reconstructions", "mahalanobis"] = "maps",
         regularisation: float = 0.01,
+        compared_with: Literal["image", "decoded"] = "image",
         batch_size: int = 8,
     ) -> None:
         super().__init__()
@@ -112,6 +115,7 @@ class BerDiff(AnomalyDetector):
         self.num_passes = num_passes
         self.combine = combine
         self.regularisation = regularisation
+        self.compared_with = compared_with
         self.batch_size = batch_size
         self.size_divisor = latent_space.downsampling * size_divisor(unet)
 
@@ -120,7 +124,10 @@ class BerDiff(AnomalyDetector):
         p = in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image)
         passes = [self.one_pass(image, p, generators) for _ in range(self.num_passes)]
         x_hat, score = (torch.stack(part) for part in zip(*passes, strict=True))
-        return median(self.anomaly_map(image, x_hat), MEDIAN_SIZE), x_hat.mean(0), score.mean(0)
+        seen = image
+        if self.compared_with == "decoded":
+            seen = in_equal_batches(self.latent_space.decode, self.batch_size, p).clamp(0, 1)
+        return median(self.anomaly_map(seen, x_hat), MEDIAN_SIZE), x_hat.mean(0), score.mean(0)
 
     def one_pass(self, image: Tensor, p: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Reconstruction x_hat (B, C, H, W) and the share of masked entries (B,); p: (B, N, h, w), P(z = 1)."""
@@ -208,7 +215,9 @@ class BinaryAutoencoderObjective(TrainingObjective):
 
     Args:
         latent_space: the `BinaryLatentSpace` whose autoencoder is trained here.
-        reconstruction: "l1" in the code, "l2" in the paper.
+        reconstruction: "l1" in the code, "l2" in the paper; "both" is L1 + 2 L2, as the first stage of the KL methods.
+        indecision_weight: of the mean of 4 p (1 - p) over all bits: 0 where each is decided, 1 where each is a coin.
+            A bit that is no more than a coin tells the diffusion model nothing. Ours; 0, none, as published.
         perceptual: (reconstruction, target) -> loss, kept frozen, such as `monai.losses.PerceptualLoss`; the paper
             has one, the code none for BRATS.
         discriminator: adds an adversarial loss, with MONAI's `PatchDiscriminator`; the paper has one, the code none
@@ -219,24 +228,27 @@ class BinaryAutoencoderObjective(TrainingObjective):
     def __init__(
         self,
         latent_space: LatentSpace,
-        reconstruction: Literal["l1", "l2"] = "l1",
+        reconstruction: Literal["l1", "l2", "both"] = "l1",
+        indecision_weight: float = 0.0,
         perceptual: nn.Module | None = None,
         discriminator: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder = latent_space.autoencoder.requires_grad_(True)
         self.reconstruction = reconstruction
+        self.indecision_weight = indecision_weight
         self.perceptual = perceptual if perceptual is None else perceptual.requires_grad_(False)
         self.discriminator = discriminator
         self.patch_loss = PatchAdversarialLoss(criterion="hinge")
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
-        """Keys `loss`, `l1`, `l2`, and those of the terms in use: `perceptual`, `generator`, `discriminator`."""
+        """Keys `loss`, `l1`, `l2`, `indecision`, and those in use of `perceptual`, `generator`, `discriminator`."""
         target = images * 2 - 1
-        reconstruction, _, _ = self.autoencoder(target)
+        reconstruction, _, std = self.autoencoder(target)
         difference = reconstruction - target
-        losses = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
-        losses["loss"] = losses[self.reconstruction]
+        losses = {"l1": difference.abs().mean(), "l2": difference.square().mean(), "indecision": 4 * (std**2).mean()}
+        terms = losses | {"both": losses["l1"] + 2 * losses["l2"]}
+        losses["loss"] = terms[self.reconstruction] + self.indecision_weight * losses["indecision"]
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(reconstruction, target)
             losses["loss"] = losses["loss"] + losses["perceptual"]

@@ -287,18 +287,20 @@ def test_bits_of_the_input_are_drawn():
     assert not torch.equal(decoded[0], (p > 0.5).float())
 
 
+@pytest.mark.parametrize("compared_with", ["image", "decoded"])
 @pytest.mark.parametrize("combine", ["maps", "reconstructions", "mahalanobis"])
-def test_passes_are_combined(combine):
+def test_passes_are_combined(combine, compared_with):
     image, noise = slices(2, channels=2), generators(1, 2)
-    detector = tiny(num_passes=3, combine=combine, regularisation=0.02, channels=2)
+    detector = tiny(num_passes=3, combine=combine, regularisation=0.02, channels=2, compared_with=compared_with)
     p, _ = detector.latent_space.posterior(image)
+    seen = image if compared_with == "image" else detector.latent_space.decode(p).clamp(0, 1)
     passes = [detector.one_pass(image, p, noise) for _ in range(3)]
     assert not torch.equal(passes[0][0], passes[1][0])
     x_hat, score = (torch.stack(part) for part in zip(*passes, strict=True))
     expected = {
-        "maps": ((image - x_hat) ** 2).mean(0),
-        "reconstructions": (image - x_hat.mean(0)) ** 2,
-        "mahalanobis": (image - x_hat.mean(0)) ** 2 / (((x_hat - x_hat.mean(0)) ** 2).mean(0) + 0.02),
+        "maps": ((seen - x_hat) ** 2).mean(0),
+        "reconstructions": (seen - x_hat.mean(0)) ** 2,
+        "mahalanobis": (seen - x_hat.mean(0)) ** 2 / (((x_hat - x_hat.mean(0)) ** 2).mean(0) + 0.02),
     }[combine].sum(1, keepdim=True)
     detection = detector.detect(image, seeds=torch.tensor([1, 2]))
     foreground = image > 0
@@ -455,12 +457,22 @@ class Shifted(nn.Module):
         return x + self.error, torch.full((len(x), 2, 1, 1), 0.5), torch.full((len(x), 2, 1, 1), 0.5)
 
 
-@pytest.mark.parametrize(("reconstruction", "expected"), [("l1", 0.5), ("l2", 0.25)])
-def test_reconstruction_loss(reconstruction, expected):
-    losses = BinaryAutoencoderObjective(BinaryLatentSpace(Shifted(-0.5), 4), reconstruction)(torch.rand(2, 1, 8, 8))
-    assert losses.keys() == {"loss", "l1", "l2"}
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"reconstruction": "l1"}, 0.5),
+        ({"reconstruction": "l2"}, 0.25),
+        ({"reconstruction": "both"}, 1.0),
+        ({"reconstruction": "both", "indecision_weight": 0.1}, 1.1),
+    ],
+)
+def test_reconstruction_loss(settings, expected):
+    """Each bit of `Shifted` is a coin, so that its indecision is 1."""
+    losses = BinaryAutoencoderObjective(BinaryLatentSpace(Shifted(-0.5), 4), **settings)(torch.rand(2, 1, 8, 8))
+    assert losses.keys() == {"loss", "l1", "l2", "indecision"}
     assert losses["l1"].item() == pytest.approx(0.5)
     assert losses["l2"].item() == pytest.approx(0.25)
+    assert losses["indecision"].item() == pytest.approx(1.0)
     assert losses["loss"].item() == pytest.approx(expected)
 
 
