@@ -7,14 +7,14 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from monai.bundle import ConfigParser, ConfigWorkflow
+from typing import TYPE_CHECKING, Any
 
 from .cohorts.table import cohort_files
 from .errors import BundleError, SettingError
-from .images.check import typed_errors
 from .outputs import Inputs, check_file
+
+if TYPE_CHECKING:  # torch and MONAI take seconds to import: only what runs a bundle does so
+    from monai.bundle import ConfigParser, ConfigWorkflow
 
 BUNDLES_DIR = Path(__file__).resolve().parent.parent / "bundles"
 
@@ -73,6 +73,8 @@ def load_workflow(name: str, configs: list[str], workflow_type: str = "infer", *
         configs: names in the bundle's `configs`, merged in this order.
         override: config items by their id. MONAI evaluates text that begins with "$": never pass a file name as it is.
     """
+    from monai.bundle import ConfigWorkflow
+
     metadata(name)
     root = BUNDLES_DIR / name
     return ConfigWorkflow(
@@ -121,6 +123,8 @@ def checked_items(name: str, texts: Iterable[str]) -> dict[str, Any]:
 
 def check_inference_items(name: str, items: Iterable[str]) -> None:
     """`check_items` for the inference of a bundle. Raises SettingError or BundleError."""
+    from monai.bundle import ConfigParser
+
     metadata(name)
     parser = ConfigParser()
     parser.read_config(str(BUNDLES_DIR / name / "configs" / "inference.json"))
@@ -129,6 +133,8 @@ def check_inference_items(name: str, items: Iterable[str]) -> None:
 
 def run_inference(name: str, configs: list[str], **override: Any) -> None:
     """Run the evaluator of a bundle's configs, in this process. Raises UADError where an input is to blame."""
+    from .images.check import typed_errors
+
     with typed_errors():
         workflow = load_workflow(name, configs, **override)
         workflow.initialize()
@@ -141,6 +147,8 @@ def run_training(name: str, cohort: Path, output_dir: Path) -> Path:
     A stage that was interrupted goes on from its last epoch; one that is finished is not run again.
     Raises UADError where an input is to blame.
     """
+    from .images.check import typed_errors
+
     paths = {"cohort": str(cohort.resolve()), "output_dir": str(output_dir.resolve())}
     weights = output_dir / "model.pt"
     stages = {

@@ -84,6 +84,25 @@ def test_evaluate_writes_the_metrics(cohort, tmp_path):
     assert {"torch", "monai", "uad-bundles"} <= set(result["versions"])
 
 
+AT_ONCE = """
+import sys
+from typer.testing import CliRunner
+import common
+from common.cli import app
+
+for arguments in (["--help"], ["detect", "--help"], ["list"], ["list", "--json"]):
+    assert CliRunner().invoke(app, arguments).exit_code == 0, arguments
+print(*{"torch", "monai", "numpy", "scipy", "nibabel", "SimpleITK"} & sys.modules.keys())
+common.detect, common.load_detector
+assert "torch" in sys.modules
+"""
+
+
+def test_help_and_list_import_neither_torch_nor_monai():
+    done = subprocess.run([sys.executable, "-c", AT_ONCE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
 def test_list_is_what_the_metadata_say():
     listed = json.loads(CliRunner().invoke(app, ["list", "--json"]).output)
     assert [about["key"] for about in listed] == available_bundles()

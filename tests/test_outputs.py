@@ -280,7 +280,6 @@ def test_export_into_the_bundle(output_format, place, tmp_path, monkeypatch):
     before = digests(tmp_path)
     for module in (bundle, archive):
         monkeypatch.setattr(module, "BUNDLES_DIR", tmp_path, raising=False)
-    monkeypatch.setattr("common.cli.available_bundles", lambda: ["dae"])
     message = refused("export", "dae", "-o", tmp_path / "dae" / place, "--format", output_format)
     assert "lies in the input" in message
     assert digests(tmp_path) == before
