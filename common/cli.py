@@ -18,17 +18,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from . import __version__
 from .bundle import (
-    BUNDLES_DIR,
-    available_bundles,
+    bundle_folders,
     checked_items,
-    describe_bundle,
     load_workflow,
     metadata,
     run_inference,
     run_training,
 )
-from .console import FAILED, advise_options, one_line_errors
+from .cli_bundles import bundles
+from .console import FAILED, SpeakingGroup, advise_options, one_line_errors
 from .options import (
     BatchSize,
     Cohort,
@@ -43,11 +43,10 @@ from .options import (
     Series,
     StripHow,
     Weights,
-    known_bundle,
 )
-from .outputs import check_result, input_files
+from .outputs import check_result, input_files, replicates_path
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, cls=SpeakingGroup)
 
 
 class Format(StrEnum):
@@ -57,16 +56,19 @@ class Format(StrEnum):
     DICOM_SEG = "dicom-seg"
 
 
-class ExportFormat(StrEnum):
-    """What `export` writes."""
-
-    BUNDLE = "bundle"
-    TORCHSCRIPT = "torchscript"
-    ONNX = "onnx"
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"uad {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def main(context: typer.Context) -> None:
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Find what is abnormal in a brain scan, with methods trained on healthy images only."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -90,7 +92,7 @@ class _Kinds(TyperGroup):
 def _kinds() -> MutableMapping[str, Any]:
     from .cohorts.kinds import KINDS
 
-    kinds = typer.Typer()
+    kinds = typer.Typer(cls=SpeakingGroup)
     for kind, make in KINDS.items():
         kinds.command(kind)(_in_one_line(make, "{output}/cohort.csv: the cohort"))
     return typer.main.get_group(kinds).commands
@@ -98,6 +100,7 @@ def _kinds() -> MutableMapping[str, Any]:
 
 cohorts = typer.Typer(no_args_is_help=True, cls=_Kinds)
 app.add_typer(cohorts, name="cohort")
+app.add_typer(bundles)
 
 
 @cohorts.callback()
@@ -208,7 +211,7 @@ def calibrate(
         cases = find_cases(healthy, metadata(method)["modalities"], None, series, participant_label or ())
         chosen, said = healthy_cases(cases)
         others = [path for path in (*healthy, weights) if path and path.is_file()]
-        check_calibrated(output, [*input_files(cases), *others, BUNDLES_DIR])
+        check_calibrated(output, [*input_files(cases), *others, *bundle_folders()])
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         # a tuple: MONAI looks into lists, and would evaluate text that begins with "$"
         override |= {"dataset::data": tuple(chosen), "task::output": str(output.absolute())}
@@ -230,16 +233,21 @@ def evaluate(
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure these too.")] = True,
     items: Items = None,
 ) -> None:
-    """Measure a method on the test subjects of a labelled cohort, beside the baselines that cost nothing."""
+    """Measure a method on the test subjects of a labelled cohort, beside the baselines that cost nothing: a table."""
     with one_line_errors():
         from .cohorts.table import cohort_files
+        from .report.evaluation_table import evaluation_table
 
-        check_result(output, [*cohort_files(cohort), *([weights] if weights else [])], "bundle", "weights_sha256")
+        inputs = [*cohort_files(cohort), *([weights] if weights else [])]
+        check_result(output, inputs, "bundle", "weights_sha256")
+        check_result(replicates_path(output), inputs, "replicates")
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         if not baselines:
             override |= {"task::baselines": False}
         paths = {"cohort": str(cohort.resolve()), "result": str(output.resolve())}
         run_inference(method, ["inference.json", "evaluate.json"], **paths, **override)
+    print(evaluation_table(json.loads(output.read_text(encoding="utf-8"))))
+    print(f"\n{output}: all of it")
 
 
 @app.command()
@@ -272,8 +280,11 @@ def benchmark(
 ) -> None:
     """Measure every bundle that fits the modalities of a labelled cohort, and the baselines: one table. Resumable."""
     with one_line_errors():
+        from .devices import checked_device
         from .workflows.benchmark import run_benchmark
 
+        if device != "auto":
+            checked_device(device)
         options = {"device": device, "strip": strip, "register": register}
         given = {name: value for name, value in options.items() if value is not None}
         failed = run_benchmark(cohort, output, method or (), seed, not no_healthy, given)
@@ -282,81 +293,15 @@ def benchmark(
         raise typer.Exit(FAILED)
 
 
-@app.command()
-def export(
-    method: MethodArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the bundle, and for its zip archive.")],
-    output_format: Annotated[
-        ExportFormat,
-        typer.Option("--format", help="torchscript, onnx: the network on slices alone, if it is one pass."),
-    ] = ExportFormat.BUNDLE,
-) -> None:
-    """Write a bundle that runs without this repository: for MONAI's tools, and for machines with nothing but MONAI."""
-    with one_line_errors():
-        from .sharing.export import export_bundle, export_onnx, export_torchscript
-        from .weights import sha256
-
-        write = {ExportFormat.TORCHSCRIPT: export_torchscript, ExportFormat.ONNX: export_onnx}
-        path = write.get(output_format, export_bundle)(method, output)
-    print(f"{path}: sha256 {sha256(path)}")
-
-
-@app.command("import")
-def import_(
-    path: Annotated[Path, typer.Argument(help="What export wrote: the zip archive, or the folder.")],
-) -> None:
-    """Check an exported bundle and add it to those that -m takes. Import only what you would also run."""
-    with one_line_errors():
-        from .sharing.archive import import_bundle
-
-        name = import_bundle(path, BUNDLES_DIR)
-    print(f"{BUNDLES_DIR / name}: use it with -m {name}")
-
-
-@app.command("import-weights")
-def import_weights_(
-    weights: Annotated[Path, typer.Argument(help="Old .pt file: a state dict, bare or under 'model' or 'state_dict'.")],
-    config: Annotated[Path, typer.Option(help="Config of a bundle that has the network.")],
-    network: Annotated[str, typer.Option(help="Id of the network in the config, such as unet.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="File for the converted weights.")],
-) -> None:
-    """Convert weights that were trained with monai-generative for a network of a bundle: its state dict alone."""
-    with one_line_errors():
-        from .sharing.import_weights import import_weights
-
-        import_weights(weights, config, network, output)
-    print(f"{output}: the converted weights")
-
-
-@app.command("new-bundle")
-def new_bundle_(
-    key: Annotated[str, typer.Argument(help="Of the method: small letters, digits and _.")],
-    like: Annotated[str, typer.Option(help="The nearest bundle that is there, see `uad list`.", callback=known_bundle)],
-) -> None:
-    """Begin the bundle of a new method: a copy of another one without its weights, with TODO where yours differs."""
-    with one_line_errors():
-        from .sharing.new_bundle import new_bundle
-
-        print(f"{new_bundle(key, like, BUNDLES_DIR)}: docs/adding_a_method.md says what is next")
-
-
-@app.command("list")
-def list_bundles(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """The bundles, with modality, size and licence of the weights, and run time."""
-    bundles = [describe_bundle(name) for name in available_bundles()]
-    if as_json:
-        print(json.dumps(bundles, indent=2))
-        return
-    for bundle in bundles:
-        print(f"{bundle['key']}: {bundle['title']}")
-        print(f"    {', '.join(bundle['modalities'])}, {bundle['space']} space; {bundle['run_time']}")
-        print(f"    weights {bundle['weights_mb']} MB, {bundle['weights_license']}")
-
-
 def _override(seed: int, device: str, weights: Path | None, strip: str | None, register: bool | None) -> dict[str, Any]:
-    """Config items for options that several commands share; what is not given stays as the bundle has it."""
+    """Config items for options that several commands share; what is not given stays as the bundle has it.
+
+    Raises SettingError where this machine has no such device.
+    """
+    from .devices import checked_device
+
     given = {
-        "device": None if device == "auto" else f"$torch.device('{device}')",
+        "device": None if device == "auto" else f"$torch.device('{checked_device(device)}')",
         "weights": weights and str(weights.resolve()),  # resolved, so that MONAI takes no file name for an expression
         "preprocessing::strip": strip,
         "preprocessing::register": register,

@@ -13,9 +13,9 @@ from .bundle import available_bundles
 KEY_HELP = "Key of a bundle, see `uad list`."
 
 
-def known_bundle(key: str) -> str:
-    """The key of a bundle that is there. Raises typer.BadParameter."""
-    if key not in available_bundles():
+def known_bundle(key: str | None) -> str | None:
+    """The key of a bundle that is there, or none where none was given. Raises typer.BadParameter."""
+    if key is not None and key not in available_bundles():
         raise typer.BadParameter(f"{key!r} is none of {', '.join(available_bundles())}")
     return key
 
@@ -34,8 +34,11 @@ def _part(text: str | None) -> str | None:
     return text
 
 
-Method = Annotated[str, typer.Option("-m", "--method", help=KEY_HELP, callback=known_bundle)]
-MethodArgument = Annotated[str, typer.Argument(help=KEY_HELP, callback=known_bundle)]
+Method = Annotated[
+    str,
+    typer.Option("-m", "--method", help=KEY_HELP, callback=known_bundle, autocompletion=available_bundles),
+]
+MethodArgument = Annotated[str, typer.Argument(help=KEY_HELP, callback=known_bundle, autocompletion=available_bundles)]
 Cohort = Annotated[Path, typer.Argument(help="CSV with the columns subject, split, the modalities, brain, lesion.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", callback=_device)]
