@@ -200,6 +200,11 @@ def check_result(path: Path, inputs: Iterable[str | Path], *keys: str) -> None:
     check_file(path, is_result(path, *keys), "an earlier result")
 
 
+def replicates_path(result: Path) -> Path:
+    """Where the bootstrap replicates of a result are, which are too many to be read beside it."""
+    return result.with_suffix(".replicates.json")
+
+
 def is_result(path: Path, *keys: str) -> bool:
     """Whether a file is a JSON object with these keys, as results are."""
     return path.is_file() and set(keys) <= (_read_object(path) or {}).keys()

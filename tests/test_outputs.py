@@ -218,6 +218,14 @@ def test_evaluate(result, root, unloaded):
     refused("evaluate", "cohort/cohort.csv", "-m", "dae", "-o", result, "--weights", "flat/w/model.pt")
 
 
+def test_evaluate_beside_what_would_be_lost(unloaded, root, tmp_path):
+    """The bootstrap replicates of a result are a file of their own."""
+    (tmp_path / "result.replicates.json").write_text("{}", encoding="utf-8")
+    assert "result.replicates.json" in refused(
+        "evaluate", "cohort/cohort.csv", "-m", "dae", "-o", tmp_path / "result.json"
+    )
+
+
 @pytest.mark.parametrize("result", ["cohort/cohort.csv", "cohort/s3/T1.nii.gz", "flat/w/model.pt", "other"])
 def test_evaluation_that_monai_runs(result, root):
     paths = {"cohort": "cohort/cohort.csv", "result": result, "weights": str(root / "flat" / "w" / "model.pt")}
@@ -280,7 +288,6 @@ def test_export_into_the_bundle(output_format, place, tmp_path, monkeypatch):
     before = digests(tmp_path)
     for module in (bundle, archive):
         monkeypatch.setattr(module, "BUNDLES_DIR", tmp_path, raising=False)
-    monkeypatch.setattr("common.cli.available_bundles", lambda: ["dae"])
     message = refused("export", "dae", "-o", tmp_path / "dae" / place, "--format", output_format)
     assert "lies in the input" in message
     assert digests(tmp_path) == before
@@ -291,7 +298,7 @@ def test_import_of_a_folder_around_the_bundles(tmp_path, monkeypatch):
     files = {"configs/metadata.json": json.dumps({"name": "small"}).encode()}
     write_bundle("small", files, tmp_path)
     before = digests(tmp_path)
-    monkeypatch.setattr("common.cli.BUNDLES_DIR", tmp_path / "small" / "bundles")
+    monkeypatch.setenv("UAD_BUNDLES", str(tmp_path / "small" / "bundles"))
     assert "lies in the input" in refused("import", tmp_path / "small")
     assert digests(tmp_path) == before
 

@@ -13,6 +13,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from ..errors import BundleError, SettingError
+from ..progress import inside
 from ..recorded import Recorded
 from .calibration import Calibration
 from .method import AnomalyDetector, foreground_of, seeded_generators
@@ -83,7 +84,7 @@ class VolumeDetector(Recorded, nn.Module):
         slices = image.movedim(self.axis + 2, 1).flatten(0, 1)
         result = slices.new_zeros(len(slices), 1 + slices.shape[1], *slices.shape[2:])
         scores = torch.full((len(slices),), torch.nan, device=slices.device)
-        for batch in self._batches(slices):
+        for batch in inside(self._batches(slices)):
             result[batch], found = self._detect(slices[batch], batch % count)
             if found is not None:
                 scores[batch] = found
@@ -104,7 +105,7 @@ class VolumeDetector(Recorded, nn.Module):
         count = image.shape[self.axis + 2]
         slices = image.movedim(self.axis + 2, 1).flatten(0, 1)
         scores = torch.full((len(slices),), torch.nan, device=slices.device)
-        for batch in self._batches(slices):
+        for batch in inside(self._batches(slices), "slices scored"):
             views = self._views(slices[batch], batch % count)
             found = (self.detector.score(x, foreground_of(x), seeded_generators(seeds)) for x, seeds, _ in views)
             scores[batch] = _mean([score for score in found if score is not None])

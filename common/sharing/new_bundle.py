@@ -25,8 +25,7 @@ def new_bundle(key: str, like: str, folder: Path) -> Path:
     Its configs, licences and the sections of its card that hold for the new one come along, with `key` for `like`; they
     still name the networks of `like`. Configs of its paper stay behind. Raises BundleError, SettingError, OutputError.
     """
-    bundle.metadata(like)
-    root = bundle.BUNDLES_DIR / like
+    root = bundle.folder_of(like)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", key):
         raise SettingError(key, "cannot name a bundle", "use small letters, digits and _")
     name = re.compile(rf"(?<![\w.]){re.escape(like)}(?!\w)")  # not common.methods.LIKE
