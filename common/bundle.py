@@ -211,15 +211,22 @@ def run_inference(name: str, configs: list[str], **override: Any) -> None:
             evaluator.run()
 
 
-def run_training(name: str, cohort: Path, output_dir: Path) -> Path:
+def run_training(name: str, cohort: Path, output_dir: Path, cache: Path | None = None, processes: int = 1) -> Path:
     """Run the stages of a bundle's training in their order, then its calibration; return the weights.
 
     A stage that was interrupted goes on from its last epoch; one that is finished is not run again.
+
+    cache, processes: `cache_dir` and `processes` of the datasets, see `SliceDataset`.
     Raises UADError where an input is to blame.
     """
     from .images.check import typed_errors
 
     paths = {"cohort": str(cohort.resolve()), "output_dir": str(output_dir.resolve())}
+    cached = {}
+    if cache is not None:
+        Inputs(cohort_files(cohort)).check([cache])
+        given = {"cache_dir": str(cache.resolve()), "processes": processes}
+        cached = {f"{part}::dataset::{key}": value for part in ("train", "validate") for key, value in given.items()}
     weights = output_dir / "model.pt"
     stages = {
         ("train.json", "train_autoencoder.json"): output_dir / "model_autoencoder.pt",
@@ -232,7 +239,7 @@ def run_training(name: str, cohort: Path, output_dir: Path) -> Path:
     with typed_errors():
         for configs, result in stages.items():
             if (folder_of(name) / "configs" / configs[-1]).is_file() and not result.is_file():
-                workflow = load_workflow(name, [*configs], "train", **paths)
+                workflow = load_workflow(name, [*configs], "train", **paths, **cached)
                 workflow.initialize()
                 workflow.run()
     run_inference(name, ["inference.json", "calibrate.json"], weights=str(weights.resolve()), **paths)

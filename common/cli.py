@@ -182,10 +182,12 @@ def train(
     method: MethodArgument,
     cohort: Cohort,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for checkpoints, logs and model.pt.")],
+    cache: Annotated[Path | None, typer.Option(help="Folder for prepared slices, in place of the memory.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="That prepare slices for --cache at the same time.")] = 1,
 ) -> None:
     """Train a bundle on the healthy subjects of a cohort, stage by stage, and calibrate it. Resumable."""
     with one_line_errors():
-        weights = run_training(method, cohort, output)
+        weights = run_training(method, cohort, output, cache, processes)
     print(f"{weights}: trained and calibrated; use it with --weights")
 
 

@@ -131,8 +131,8 @@ def test_list_is_what_the_metadata_say():
 
 
 def test_prepare_and_train(cohort, tmp_path, monkeypatch):
-    """The stages of a bundle one after the other, shortened, from a cohort that was prepared."""
-    prepared, runs = tmp_path / "prepared", tmp_path / "runs"
+    """The stages of a bundle one after the other, shortened, from a cohort that was prepared; slices on disk."""
+    prepared, runs, cache = tmp_path / "prepared", tmp_path / "runs", tmp_path / "cache"
     done = uad("prepare", cohort, "-o", prepared)
     assert done.returncode == 0, done.stderr
     short = {"max_epochs": 1, "epoch_length": 2, "batch_size": 2}
@@ -144,12 +144,14 @@ def test_prepare_and_train(cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "load_workflow", shortened)
     monkeypatch.setattr(sys, "path", [*sys.path])  # MONAI adds the bundle's folder
     for _ in range(2):
-        result = CliRunner().invoke(app, ["train", "mad_ad", str(prepared / "cohort.csv"), "-o", str(runs)])
+        command = ["train", "mad_ad", prepared / "cohort.csv", "-o", runs, "--cache", cache, "--processes", 2]
+        result = CliRunner().invoke(app, [str(part) for part in command])
         assert result.exit_code == 0, result.output
         assert "trained and calibrated" in result.output
         assert not np.isnan(load_weights(runs / "model.pt")["calibration.threshold"])
         written = (runs / "model_autoencoder.pt").stat().st_mtime_ns
     assert (runs / "model_autoencoder.pt").stat().st_mtime_ns == written
+    assert len(list(cache.iterdir())) == 2  # a subject to train and one to validate, for both stages
     scan = cohort.parent / "d.nii.gz"
     done = uad(
         "detect", scan, "-m", "mad_ad", "-o", tmp_path / "out", "--weights", runs / "model.pt", "--device", "cpu"

@@ -12,6 +12,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from isal import igzip
 from monai.data import MetaTensor
 from scipy import ndimage
 
@@ -119,8 +120,9 @@ def as_nifti(volume: MetaTensor, affine: np.ndarray) -> nib.Nifti1Image:
 
 
 def save_nifti(volume: MetaTensor, affine: np.ndarray, path: Path) -> None:
-    """Write `as_nifti`."""
-    nib.save(as_nifti(volume, affine), path)
+    """Write `as_nifti`: compressed where the path ends in .gz, by a program ten times faster than Python's own."""
+    content = as_nifti(volume, affine).to_bytes()
+    path.write_bytes(igzip.compress(content, compresslevel=1, mtime=0) if path.suffix == ".gz" else content)
 
 
 def find_lesions(case: Case) -> list[dict[str, float]]:
@@ -128,12 +130,15 @@ def find_lesions(case: Case) -> list[dict[str, float]]:
     mask = case.segmentation.as_tensor()[0].cpu().numpy() > 0
     values = case.anomaly_map.as_tensor()[0].cpu().numpy()
     labels, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
-    index = np.arange(1, count + 1)
-    voxel_ml = voxel_volume_ml(case.image)
-    volumes = ndimage.sum_labels(mask, labels, index) * voxel_ml
-    centroids = np.array(ndimage.center_of_mass(mask, labels, index)).reshape(-1, 3)
-    world = centroids @ case.affine[:3, :3].T + case.affine[:3, 3]
-    means, maxima = ndimage.mean(values, labels, index), ndimage.maximum(values, labels, index)
+    places = np.nonzero(mask)
+    numbers, found = labels[places] - 1, values[places]
+    sizes = np.bincount(numbers, minlength=count)
+    volumes = sizes * voxel_volume_ml(case.image)
+    sums = [np.bincount(numbers, weights=weights, minlength=count) for weights in (*places, found)]
+    *centroids, means = np.array(sums) / sizes
+    world = np.stack(centroids, axis=1) @ case.affine[:3, :3].T + case.affine[:3, 3]
+    maxima = np.full(count, -np.inf)
+    np.maximum.at(maxima, numbers, found)
     return [
         {
             "volume_ml": round(float(volumes[i]), 4),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import errno
+import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from common.errors import OutputError
 from common.workflows.batch import StatusTable, claimed
 
 CASES, KILLED_AT = 12, 4
+SOAKED = (30, 120)  # cases after which memory is measured
 KILLED = f"""
 import os, signal, sys
 from common.workflows import batch
@@ -204,6 +207,31 @@ def test_two_processes_share_the_cases(thin_brains, tmp_path):
     assert len((out / "status.tsv").read_text(encoding="utf-8").splitlines()) == 1 + len(few)
     assert not list(out.glob(".*"))
     assert all(len(list((out / name).iterdir())) == 6 for name in after)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_cases(thin_brains, tmp_path):
+    """What a case leaves behind, beyond what the allocator keeps of the first ones, would end a cohort of thousands."""
+    source, folder = (thin_brains / "00.nii.gz").read_bytes(), tmp_path / "many"
+    folder.mkdir()
+    for number in range(SOAKED[-1]):
+        (folder / f"{number:04}.nii.gz").write_bytes(source)
+    memory, add = {}, StatusTable.add
+
+    def add_and_measure(table, *arguments):
+        add(table, *arguments)
+        if len(table.rows) in SOAKED:
+            gc.collect()
+            memory[len(table.rows)] = resident_mb()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StatusTable, "add", add_and_measure)
+        assert detect(folder, "-o", tmp_path / "out").exit_code == 0
+    assert memory[SOAKED[1]] - memory[SOAKED[0]] < 20
+
+
+def resident_mb():
+    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))[1]) / 1000
 
 
 def test_killed_run_goes_on(thin_brains, tmp_path):
