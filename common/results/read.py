@@ -136,6 +136,24 @@ def mni_point(to_mni: Any, point_mm: tuple[float, float, float]) -> tuple[float,
     return -left, -posterior, superior
 
 
+def located_lesions(files: CaseFiles) -> list[dict[str, Any]]:
+    """The lesions, largest first, with `mni_mm`, (x, y, z) in RAS mm; None where the case was not registered.
+
+    Raises ResultError.
+    """
+    to_mni = read_to_mni(files)
+
+    def mni_mm(lesion: dict[str, float]) -> tuple[float, float, float] | None:
+        return to_mni and mni_point(to_mni, (lesion["x_mm"], lesion["y_mm"], lesion["z_mm"]))
+
+    return [{**lesion, "mni_mm": mni_mm(lesion)} for lesion in read_lesions(files)]
+
+
+def one_cell(text: str) -> str:
+    """Text in one line, of characters that UTF-8 has: those of a name that is not UTF-8 are written as escapes."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+
+
 def read_outcomes(folder: Path) -> list[Outcome]:
     """The lines of status.tsv, or of all parts of it; the last line of a case counts. Raises ResultError."""
     outcomes = {}
