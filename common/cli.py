@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
+from .bids_app import AnalysisLevel, BidsAppCommand, BidsDir, Labels, OutputDir
 from .bundle import (
     bundle_folders,
     checked_items,
@@ -158,6 +159,32 @@ def detect(
         failed = detect_cases(workflow, cases, own_part, overwrite)
     if failed:
         raise typer.Exit(FAILED)
+
+
+@app.command(cls=BidsAppCommand)
+def bids(
+    bids_dir: BidsDir,
+    output_dir: OutputDir,
+    analysis_level: AnalysisLevel,
+    method: Method,
+    participant_label: Labels = None,
+    strip: StripHow = None,
+    register: Register = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    batch_size: BatchSize = 16,
+    weights: Weights = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished cases again.")] = False,
+    items: Items = None,
+) -> None:
+    """The BIDS App: detect in every scan of a dataset that the bundle can read, and write a derivative dataset."""
+    with one_line_errors():
+        from .cohorts.bids import check_dataset
+
+        check_dataset(bids_dir)
+    how = functools.partial(detect, strip=strip, register=register, seed=seed, device=device, batch_size=batch_size)
+    which = functools.partial(how, participant_label=participant_label, overwrite=overwrite)
+    which([bids_dir], method, output_dir, weights=weights, items=items)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from common.bundle import BUNDLES_DIR, run_inference
 from common.cli import app
 from common.cohorts.kinds import KINDS
 from common.errors import OutputError, UADError
-from common.outputs import Inputs, case_place, check_case_folder, is_safe_name, put_in_place
+from common.outputs import Inputs, case_place, check_case_folder, check_places, is_safe_name, put_in_place
 from common.sharing import archive
 from common.sharing.archive import write_bundle
 from common.workflows.training_handlers import SaveWeights
@@ -357,16 +357,36 @@ def test_a_name_that_is_not_utf8(phantom, save_nifti, tmp_path):
 def test_safe_names(name, is_safe, tmp_path):
     assert is_safe_name(name) is is_safe
     if is_safe:
-        assert case_place(tmp_path, {"subject": name}) == (tmp_path / name, None)
+        assert case_place(tmp_path, {"subject": name}, "dae") == (tmp_path / name, None)
     else:
         with pytest.raises(OutputError, match="cannot name a folder"):
-            case_place(tmp_path, {"subject": name})
+            case_place(tmp_path, {"subject": name}, "dae")
 
 
 @pytest.mark.parametrize("derivative", ["../sub-01", "sub-01/../../x", "/sub-01/x", "sub-01//x"])
 def test_derivatives_stay_in_their_dataset(derivative, tmp_path):
     with pytest.raises(OutputError, match="cannot name a folder"):
-        case_place(tmp_path, {"subject": "x", "derivative": derivative})
+        case_place(tmp_path, {"subject": "x", "derivative": derivative}, "dae")
+
+
+@pytest.mark.parametrize(
+    ("bundle", "name"),
+    [("dae", "sub-01_desc-dae"), ("ano_ddpm", "sub-01_desc-anoDdpm"), ("a__b_2_", "sub-01_desc-aB2")],
+)
+def test_name_of_a_derivative_says_the_method(bundle, name, tmp_path):
+    item = {"subject": "x", "derivative": "sub-01/anat/sub-01"}
+    assert case_place(tmp_path, item, bundle) == (tmp_path / "sub-01" / "anat", name)
+
+
+def test_derivative_is_of_one_bundle_and_one_dataset(tmp_path):
+    made_by = [{"Name": "uad-bundles", "Description": "vae"}]
+    (tmp_path / "dataset_description.json").write_text(json.dumps({"GeneratedBy": made_by}), encoding="utf-8")
+    item = {"subject": "sub-01", "image": "a.nii.gz", "derivative": "sub-01/anat/sub-01", "dataset": "a"}
+    check_places(tmp_path, [item], "vae")
+    with pytest.raises(OutputError, match=r"of another bundle, vae; .* derivatives/uad-dae in"):
+        check_places(tmp_path, [item], "dae")
+    with pytest.raises(OutputError, match="several BIDS datasets"):
+        check_places(tmp_path, [item, item | {"dataset": "b"}], "vae")
 
 
 def test_inputs_by_hard_link_and_letter_case(tmp_path):

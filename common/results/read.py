@@ -36,7 +36,10 @@ OTHERS = OBJECTS | {
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """Where the files of a case are: in a folder of its own, or by the names of a BIDS derivative in a shared one."""
+    """Where the files of a case are: in a folder of its own, or by the names of a BIDS derivative in a shared one.
+
+    entities: what these names begin with, `sub-01_desc-dae`.
+    """
 
     name: str
     folder: Path
@@ -52,7 +55,7 @@ class CaseFiles:
         if record.name == RECORD:
             return cls(record.resolve().parent.name, record.parent)
         entities = record.name.removesuffix(f"_{BIDS_NAMES[RECORD]}")
-        return cls(entities, record.parent, entities)
+        return cls(entities.rpartition("_desc-")[0], record.parent, entities)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Outcome:
 
 def records_in(folder: Path) -> list[Path]:
     """The run.json of every case at or below a folder, sorted; what is half-written is left out."""
-    found = [*folder.rglob(RECORD), *folder.rglob(f"*_{BIDS_NAMES[RECORD]}")]
+    found = [*folder.rglob(RECORD), *folder.rglob(f"*_desc-*_{BIDS_NAMES[RECORD]}")]
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 

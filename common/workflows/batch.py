@@ -224,7 +224,7 @@ def detect_cases(
             try:
                 record = None if overwrite else runner.saver.finished(item)
                 if record is None:
-                    folder, entities = case_place(output_dir, item)
+                    folder, entities = case_place(output_dir, item, runner.evaluator.bundle)
                     discard_partial(folder.parent, entities or folder.name)
                     runner(item)
                     table.add_verdict(case, runner.saver.verdicts[case], time.perf_counter() - started)

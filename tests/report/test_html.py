@@ -177,7 +177,7 @@ def test_small_picture_is_the_row_of_the_map(make_case, tmp_path):
 
 
 def test_case_of_a_bids_derivative(make_case, tmp_path):
-    make_case(tmp_path / "out", "sub-01", entities="sub-01_ses-1")
+    make_case(tmp_path / "out", "sub-01", entities="sub-01_ses-1_desc-dae")
     write_report(tmp_path / "out" / "sub-01")
     page = Page(tmp_path / "out" / "sub-01" / "report.html")
     assert "sub-01_ses-1" in page.text

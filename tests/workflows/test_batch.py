@@ -291,17 +291,14 @@ def test_bids_dataset_gives_derivatives(thin_brains, tmp_path):
         assert detect(root, "-o", out).exit_code == 0
     anat = out / "sub-02" / "ses-1" / "anat"
     assert {path.name for path in anat.iterdir()} == {
-        f"sub-02_ses-1_desc-{name}"
+        f"sub-02_ses-1_desc-dae_{name}"
         for name in (
-            "anomaly_map.nii.gz",
-            "anomaly_mask.nii.gz",
-            "reconstruction_map.nii.gz",
-            "anomaly_lesions.csv",
-            "anomaly_preview.png",
-            "anomaly_run.json",
+            *("map.nii.gz", "mask.nii.gz", "reconstruction.nii.gz", "map.json", "mask.json", "reconstruction.json"),
+            *("lesions.csv", "preview.png", "run.json"),
         )
     }
-    assert {path.name for path in out.iterdir()} == {"sub-01", "sub-02", "status.tsv", "dataset_description.json"}
+    names = {"sub-01", "sub-02", "status.tsv", "dataset_description.json", ".bidsignore"}
+    assert {path.name for path in out.iterdir()} == names
     assert json.loads((out / "dataset_description.json").read_text(encoding="utf-8"))["DatasetType"] == "derivative"
     assert detect(root, "-o", tmp_path / "one", "--participant-label", "02").exit_code == 0
     assert set(statuses(tmp_path / "one")) == {"sub-02_ses-1"}
