@@ -30,6 +30,7 @@ class SliceDataset(Dataset):
         axis: spatial axis along which slices are taken.
         min_foreground: slices with fewer foreground pixels are left out; the tip of a brain teaches little.
         augmentation: MONAI dictionary transforms of an item, drawn anew each time.
+        middle: of each volume only so many slices, the middle ones of those with foreground; None for all.
     """
 
     def __init__(
@@ -39,12 +40,13 @@ class SliceDataset(Dataset):
         axis: int = 2,
         min_foreground: int = 1,
         augmentation: Sequence[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None,
+        middle: int | None = None,
     ) -> None:
         volumes = []
         for item in tqdm(data, desc="prepare"):
             slices = preprocessing(item)["image"].as_tensor().movedim(axis + 1, 0)
             enough = (slices > 0).any(dim=1).flatten(1).sum(dim=1) >= min_foreground
-            volumes.append(slices[enough].half())
+            volumes.append(middle_of(slices[enough], middle).half())
         self.images = torch.cat(volumes)
         self.augmentation = Compose(augmentation) if augmentation else None
 
@@ -58,6 +60,12 @@ class SliceDataset(Dataset):
             return item
         # MONAI's transforms return MetaTensors, whose affines after a flip do not collate
         return {key: convert_to_tensor(value, track_meta=False) for key, value in self.augmentation(item).items()}
+
+
+def middle_of(slices: Tensor, count: int | None) -> Tensor:
+    """The `count` middle slices of (N, ...), all where there are fewer or `count` is None."""
+    left_out = 0 if count is None else max(0, len(slices) - count)
+    return slices[left_out // 2 : len(slices) - (left_out - left_out // 2)]
 
 
 class LatentDataset(Dataset):
@@ -96,9 +104,11 @@ def latents(
     latent_space: LatentSpace,
     augmentation: Sequence[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None,
     copies: int = 1,
+    middle: int | None = None,
 ) -> LatentDataset:
     """The `LatentDataset` of the `SliceDataset` of volumes."""
-    return LatentDataset(SliceDataset(data, preprocessing, augmentation=augmentation), latent_space, copies)
+    slices = SliceDataset(data, preprocessing, augmentation=augmentation, middle=middle)
+    return LatentDataset(slices, latent_space, copies)
 
 
 def shuffled(dataset: Dataset, batch_size: int, **settings: Any) -> DataLoader:
