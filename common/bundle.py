@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +135,26 @@ def run_inference(name: str, configs: list[str], **override: Any) -> None:
         workflow.parser.get_parsed_content("evaluator").run()
 
 
-def run_training(name: str, cohort: Path, output_dir: Path) -> Path:
+def fitting_items(name: str, configs: Sequence[str], items: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
+    """Those of some items that `check_items` lets pass for a bundle's configs. Raises BundleError."""
+    metadata(name)
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLES_DIR / name / "configs" / config) for config in configs])
+    given = dict(items) if isinstance(items, Mapping) else dict.fromkeys(items)
+    return {item: value for item, value in given.items() if (item.rpartition("::")[0] or item) in parser}
+
+
+def run_training(
+    name: str, cohort: Path, output_dir: Path, overlays: Sequence[str] = (), items: Mapping[str, Any] | None = None
+) -> Path:
     """Run the stages of a bundle's training in their order, then its calibration; return the weights.
 
     A stage that was interrupted goes on from its last epoch; one that is finished is not run again.
     Raises UADError where an input is to blame.
+
+    Args:
+        overlays: configs of the bundle that are read over the others in all stages, such as `paper.json`.
+        items: other values of items, in those stages whose configs have them.
     """
     paths = {"cohort": str(cohort.resolve()), "output_dir": str(output_dir.resolve())}
     weights = output_dir / "model.pt"
@@ -154,8 +169,12 @@ def run_training(name: str, cohort: Path, output_dir: Path) -> Path:
     with typed_errors():
         for configs, result in stages.items():
             if (BUNDLES_DIR / name / "configs" / configs[-1]).is_file() and not result.is_file():
-                workflow = load_workflow(name, [*configs], "train", **paths)
+                chosen = [*configs, *overlays]
+                changed = fitting_items(name, chosen, items or {})
+                workflow = load_workflow(name, chosen, "train", **paths, **changed)
                 workflow.initialize()
                 workflow.run()
-    run_inference(name, ["inference.json", "calibrate.json"], weights=str(weights.resolve()), **paths)
+    chosen = ["inference.json", "calibrate.json", *overlays]
+    changed = fitting_items(name, chosen, items or {})
+    run_inference(name, chosen, weights=str(weights.resolve()), **paths, **changed)
     return weights

@@ -32,6 +32,7 @@ from .cohorts.table import cohort_files
 from .errors import UADError, settings_said_as
 from .images.check import typed_errors
 from .outputs import check_result, input_files
+from .papers import figures, reproduce
 from .report.html import write_report
 from .sharing.archive import import_bundle
 from .sharing.export import export_bundle, export_onnx, export_torchscript
@@ -305,12 +306,13 @@ def benchmark(
         raise typer.Exit(FAILED)
 
 
-def _in_one_line(make: Callable[..., None], said: str) -> Callable[..., None]:
+def _in_one_line(make: Callable[..., None], said: str | None = None) -> Callable[..., None]:
     @functools.wraps(make)
     def command(**options: Any) -> None:
         with _one_line_errors(), typed_errors():
             make(**options)
-        print(said.format(**options))
+        if said is not None:
+            print(said.format(**options))
 
     return command
 
@@ -389,6 +391,8 @@ def _one_line_errors() -> Iterator[None]:
         logging.disable(before)
 
 
+app.command("reproduce")(_in_one_line(reproduce))
+app.command("figures")(_in_one_line(figures))
 app.command("import-weights")(_in_one_line(import_weights, "{output}: the converted weights"))
 for _kind, _make in KINDS.items():
     cohorts.command(_kind)(_in_one_line(_make, "{output}/cohort.csv: the cohort"))

@@ -11,7 +11,7 @@ ROOT = Path(common.__file__).parent
 ORDER = (  # from the lowest to the highest
     *("__init__", "errors", "files", "outputs", "type_check", "recorded", "locks", "images", "weights", "networks"),
     *("diffusion", "detection", "methods", "transforms", "cohorts", "metrics", "results", "report", "bundle"),
-    *("workflows", "sharing", "api", "cli", "__main__"),
+    *("workflows", "sharing", "api", "papers", "cli", "__main__"),
 )
 
 
