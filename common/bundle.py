@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,13 +211,36 @@ def run_inference(name: str, configs: list[str], **override: Any) -> None:
             evaluator.run()
 
 
-def run_training(name: str, cohort: Path, output_dir: Path, cache: Path | None = None, processes: int = 1) -> Path:
+def fitting_items(name: str, configs: Sequence[str], items: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
+    """Those of some items that `check_items` lets pass for a bundle's configs. Raises BundleError."""
+    from monai.bundle import ConfigParser
+
+    metadata(name)
+    parser = ConfigParser()
+    parser.read_config([str(folder_of(name) / "configs" / config) for config in configs])
+    given = dict(items) if isinstance(items, Mapping) else dict.fromkeys(items)
+    return {item: value for item, value in given.items() if (item.rpartition("::")[0] or item) in parser}
+
+
+def run_training(
+    name: str,
+    cohort: Path,
+    output_dir: Path,
+    cache: Path | None = None,
+    processes: int = 1,
+    overlays: Sequence[str] = (),
+    items: Mapping[str, Any] | None = None,
+) -> Path:
     """Run the stages of a bundle's training in their order, then its calibration; return the weights.
 
     A stage that was interrupted goes on from its last epoch; one that is finished is not run again.
 
-    cache, processes: `cache_dir` and `processes` of the datasets, see `SliceDataset`.
     Raises UADError where an input is to blame.
+
+    Args:
+        cache, processes: `cache_dir` and `processes` of the datasets, see `SliceDataset`.
+        overlays: configs of the bundle that are read over the others in all stages, such as `paper.json`.
+        items: other values of items, in those stages whose configs have them.
     """
     from .images.check import typed_errors
 
@@ -239,8 +262,12 @@ def run_training(name: str, cohort: Path, output_dir: Path, cache: Path | None =
     with typed_errors():
         for configs, result in stages.items():
             if (folder_of(name) / "configs" / configs[-1]).is_file() and not result.is_file():
-                workflow = load_workflow(name, [*configs], "train", **paths, **cached)
+                chosen = [*configs, *overlays]
+                changed = fitting_items(name, chosen, items or {})
+                workflow = load_workflow(name, chosen, "train", **paths, **cached, **changed)
                 workflow.initialize()
                 workflow.run()
-    run_inference(name, ["inference.json", "calibrate.json"], weights=str(weights.resolve()), **paths)
+    chosen = ["inference.json", "calibrate.json", *overlays]
+    changed = fitting_items(name, chosen, items or {})
+    run_inference(name, chosen, weights=str(weights.resolve()), **paths, **changed)
     return weights

@@ -46,6 +46,7 @@ from .options import (
     Weights,
 )
 from .outputs import check_result, input_files, replicates_path
+from .papers import figures, reproduce
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, cls=SpeakingGroup)
 
@@ -338,11 +339,16 @@ def _override(seed: int, device: str, weights: Path | None, strip: str | None, r
     return {"network_def::seed": seed, **{name: value for name, value in given.items() if value is not None}}
 
 
-def _in_one_line(make: Callable[..., None], said: str) -> Callable[..., None]:
+def _in_one_line(make: Callable[..., None], said: str | None = None) -> Callable[..., None]:
     @functools.wraps(make)
     def command(**options: Any) -> None:
         with one_line_errors():
             make(**options)
-        print(said.format(**options))
+        if said is not None:
+            print(said.format(**options))
 
     return command
+
+
+app.command("reproduce")(_in_one_line(reproduce))
+app.command("figures")(_in_one_line(figures))

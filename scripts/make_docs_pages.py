@@ -1,7 +1,7 @@
 """The pages of the documentation that are made of what stands elsewhere; run by `mkdocs build`, see mkdocs.yml.
 
-The README is the start page, the READMEs of the apps and the model cards are pages, and the docstrings of each package of
-`common` are one page of the reference. Links between them lead to the pages.
+The README is the start page, the READMEs of the apps and the model cards are pages, and the docstrings of each package
+of `common` are one page of the reference. Links between them lead to the pages.
 """
 
 from __future__ import annotations

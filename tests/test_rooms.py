@@ -12,7 +12,7 @@ ORDER = (  # from the lowest to the highest
     *("__init__", "errors", "progress", "devices", "files", "outputs", "type_check", "recorded", "locks", "images"),
     *("weights", "networks"),
     *("diffusion", "detection", "methods", "transforms", "cohorts", "metrics", "results", "report", "bundle"),
-    *("workflows", "sharing", "api", "options", "bids_app", "console", "cli_bundles", "cli", "__main__"),
+    *("workflows", "sharing", "api", "options", "papers", "bids_app", "console", "cli_bundles", "cli", "__main__"),
 )
 
 

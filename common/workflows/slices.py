@@ -34,6 +34,7 @@ class SliceDataset(Dataset):
         axis: spatial axis along which slices are taken.
         min_foreground: slices with fewer foreground pixels are left out; the tip of a brain teaches little.
         augmentation: MONAI dictionary transforms of an item, drawn anew each time.
+        middle: of each volume only so many slices, the middle ones of those with foreground; None for all.
         cache_dir: folder of a `SliceCache`, which takes the place of the memory; the items are the same.
         processes: that fill the cache.
 
@@ -48,17 +49,19 @@ class SliceDataset(Dataset):
         axis: int = 2,
         min_foreground: int = 1,
         augmentation: Sequence[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None,
+        middle: int | None = None,
         cache_dir: str | Path | None = None,
         processes: int = 1,
     ) -> None:
         self.preprocessing = preprocessing
         self.axis = axis
         self.min_foreground = min_foreground
+        self.middle = middle
         self.images: Tensor | SliceCache
         if cache_dir is None:
             self.images = torch.cat([self._slices(item) for item in tqdm(data, desc="prepare")])
         elif isinstance(preprocessing, Recorded):
-            settings = [preprocessing, axis, min_foreground]
+            settings = [preprocessing, axis, min_foreground, middle]
             self.images = SliceCache(cache_dir, data, self._slices, settings, processes)
         else:
             fact = f"{type(preprocessing).__name__} does not record its settings, so that a change would not be seen"
@@ -69,7 +72,7 @@ class SliceDataset(Dataset):
         """(n, C, H, W) float16 of a volume."""
         slices = self.preprocessing(dict(item))["image"].as_tensor().movedim(self.axis + 1, 0)
         enough = (slices > 0).any(dim=1).flatten(1).sum(dim=1) >= self.min_foreground
-        return slices[enough].half()
+        return middle_of(slices[enough], self.middle).half()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,6 +84,12 @@ class SliceDataset(Dataset):
             return item
         # MONAI's transforms return MetaTensors, whose affines after a flip do not collate
         return {key: convert_to_tensor(value, track_meta=False) for key, value in self.augmentation(item).items()}
+
+
+def middle_of(slices: Tensor, count: int | None) -> Tensor:
+    """The `count` middle slices of (N, ...), all where there are fewer or `count` is None."""
+    left_out = 0 if count is None else max(0, len(slices) - count)
+    return slices[left_out // 2 : len(slices) - (left_out - left_out // 2)]
 
 
 class LatentDataset(Dataset):
@@ -119,11 +128,13 @@ def latents(
     latent_space: LatentSpace,
     augmentation: Sequence[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None,
     copies: int = 1,
+    middle: int | None = None,
     cache_dir: str | Path | None = None,
     processes: int = 1,
 ) -> LatentDataset:
     """The `LatentDataset` of the `SliceDataset` of volumes."""
-    slices = SliceDataset(data, preprocessing, augmentation=augmentation, cache_dir=cache_dir, processes=processes)
+    kept = {"middle": middle, "cache_dir": cache_dir, "processes": processes}
+    slices = SliceDataset(data, preprocessing, augmentation=augmentation, **kept)
     return LatentDataset(slices, latent_space, copies)
 
 

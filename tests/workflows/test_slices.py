@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from common.networks.latent_space import LatentSpace
-from common.workflows.slices import LatentDataset, SliceDataset, in_order, latents, prepare_batch, shuffled
+from common.workflows.slices import LatentDataset, SliceDataset, in_order, latents, middle_of, prepare_batch, shuffled
 
 DEVICE = torch.device("cpu")
 
@@ -50,6 +50,15 @@ def test_axis(axis, count, shape):
     assert slices[0]["image"].shape[1:] == shape
     expected = volume(0.5).select(axis + 1, 2 if axis == 2 else 1)  # the first slice of the last axis is empty
     torch.testing.assert_close(slices[1]["image"], expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("count", "left"), [(None, 5), (9, 5), (3, 3), (2, 2), (1, 1)])
+def test_middle_slices_are_those_in_the_middle(count, left):
+    slices = torch.arange(5.0)
+    kept = middle_of(slices, count)
+    assert len(kept) == left
+    assert abs(float(kept.mean()) - 2) <= 0.5
+    assert torch.equal(kept, slices[int(kept[0]) : int(kept[0]) + left])
 
 
 def test_foreground_is_that_of_any_channel():
