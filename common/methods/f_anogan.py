@@ -14,9 +14,10 @@ from ..detection.method import AnomalyDetector, TrainingObjective
 from ..errors import ImageShapeError, SettingError
 from ..networks.residual_gan import Generator as SliceGenerator
 from ..networks.residual_gan import ResidualEncoder
+from ..recorded import Recorded
 
 
-class WGAN(nn.Module):
+class WGAN(Recorded, nn.Module):
     """A generator and its critic, of the first stage; its images are in [-1, 1].
 
     Args:
