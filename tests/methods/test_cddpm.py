@@ -158,3 +158,18 @@ def test_result_depends_on_the_seed_alone(check_seeds):
 def test_bad_settings_are_refused(indices):
     with pytest.raises(SettingError, match="choose"):
         CDDPM(Guided(), GivenCode(torch.zeros(1, 4)), indices=indices)
+
+
+def test_parameters_of_the_paper():
+    with torch.device("meta"):
+        unet = ConditionedUNet(
+            512,
+            "concatenated",
+            factor=1,
+            channels=(128, 256, 256),
+            attention_levels=(False, False, False),
+            num_res_blocks=3,
+            num_head_channels=64,
+            resblock_updown=True,
+        )
+    assert sum(p.numel() for p in unet.parameters()) == 44_068_481
