@@ -253,9 +253,10 @@ def run_training(
     weights = output_dir / "model.pt"
     stages = {
         ("train.json", "train_autoencoder.json"): output_dir / "model_autoencoder.pt",
+        ("train.json", "train_gan.json"): output_dir / "model_gan.pt",
         ("train.json",): weights,
     }
-    checkpoints = [output_dir / "autoencoder", output_dir / "checkpoints"]
+    checkpoints = [output_dir / "autoencoder", output_dir / "gan", output_dir / "checkpoints"]
     Inputs(cohort_files(cohort)).check([*checkpoints, *stages.values()])
     for result, folder in zip(stages.values(), checkpoints, strict=True):
         check_file(result, any(folder.glob("checkpoint_epoch=*.pt")), f"of a training with checkpoints in {folder}")

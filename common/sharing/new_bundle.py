@@ -15,7 +15,7 @@ TODO = "TODO"
 OF_THE_METHOD = ("title", "description", "run_time", "references")  # of the metadata
 SECTIONS = ("Input", "Commands", "License")  # of the model card, which are no claim about the method
 END = "\n```\n"  # of the commands, after which more is said of the numbers of the method
-CONFIG = re.compile(r"configs/(inference|train|train_autoencoder|calibrate|evaluate|multi_gpu_train|metadata)\.json")
+CONFIG = re.compile(r"configs/(inference|(multi_gpu_)?train|train_(autoencoder|gan)|calibrate|evaluate|metadata)\.json")
 COLUMNS = 120
 
 

@@ -82,8 +82,9 @@ class SliceDataset(Dataset):
         item = {"image": image, "foreground": (image > 0).any(dim=0, keepdim=True)}
         if self.augmentation is None:
             return item
-        # MONAI's transforms return MetaTensors, whose affines after a flip do not collate
-        return {key: convert_to_tensor(value, track_meta=False) for key, value in self.augmentation(item).items()}
+        # MONAI's transforms return MetaTensors, whose affines after a flip do not collate, and resampled masks as float
+        changed = {key: convert_to_tensor(value, track_meta=False) for key, value in self.augmentation(item).items()}
+        return changed | {"foreground": changed["foreground"] > 0}
 
 
 def middle_of(slices: Tensor, count: int | None) -> Tensor:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import RandAffined
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -77,6 +78,14 @@ def test_augmentation_is_drawn_anew_and_changes_nothing_that_is_kept():
     slices, plain = dataset(augmentation=[brighten]), dataset()
     assert not torch.equal(slices[3]["image"], slices[3]["image"])
     assert torch.equal(slices.images, plain.images)
+
+
+def test_foreground_is_a_mask_after_any_augmentation():
+    turned = RandAffined(("image", "foreground"), prob=1.0, rotate_range=0.3, mode=("bilinear", "nearest"))
+    for augmentation in ([turned], [], None):
+        item = dataset(augmentation=augmentation)[3]
+        assert item["foreground"].dtype == torch.bool
+        assert item["foreground"].any()
 
 
 class Toy(nn.Module):
