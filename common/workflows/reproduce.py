@@ -171,7 +171,8 @@ class Reproduction:
             return weights_of(training.bundle)
         if not self.is_trained(key):
             cohort = self.train_cohort()
-            run_training(training.bundle, cohort, folder, self.overlays(training), self.changes(training))
+            overlays, items = self.overlays(training), self.changes(training)
+            run_training(training.bundle, cohort, folder, overlays=overlays, items=items)
             write_result({"bundle": training.bundle, "items": self.changes(training)}, folder / "trained.json")
         return folder / "model.pt"
 

@@ -134,8 +134,9 @@ def latents(
     processes: int = 1,
 ) -> LatentDataset:
     """The `LatentDataset` of the `SliceDataset` of volumes."""
-    kept = {"middle": middle, "cache_dir": cache_dir, "processes": processes}
-    slices = SliceDataset(data, preprocessing, augmentation=augmentation, **kept)
+    slices = SliceDataset(
+        data, preprocessing, augmentation=augmentation, middle=middle, cache_dir=cache_dir, processes=processes
+    )
     return LatentDataset(slices, latent_space, copies)
 
 
