@@ -18,7 +18,8 @@ from nibabel.spatialimages import SpatialImage
 
 from .bundle import check_inference_items, load_workflow
 from .cohorts.cases import case_name
-from .errors import ImageFileError, ImageGeometryError, SettingError
+from .devices import checked_device
+from .errors import ImageFileError, ImageGeometryError
 from .images.check import typed_errors
 from .images.itk_image import from_itk
 from .results.case import Case, as_nifti, case_record, find_lesions, numbered
@@ -57,7 +58,7 @@ class Detector:
         strip: how to find the brain in a scan with the skull on, see `uad detect --strip`.
         register: work in MNI152 space; None for what the bundle wants.
         seed: same seed, same result.
-        device: auto, cpu, cuda, cuda:0, ...
+        device: auto, cpu, cuda, cuda:0, ..., mps
         batch_size: slices at a time; changes memory and speed only.
         settings: items of the bundle's inference.json, such as {"displayable_configs::threshold": 3.0}; text that
             begins with "$" is evaluated.
@@ -79,7 +80,7 @@ class Detector:
     ) -> None:
         check_inference_items(bundle, settings or {})
         given = {
-            "device": None if device == "auto" else _device(device),
+            "device": None if device == "auto" else checked_device(device),
             "weights": None if weights is None else str(Path(weights).resolve()),
             "preprocessing::strip": strip,
             "preprocessing::register": register,
@@ -158,13 +159,6 @@ def detect(
 ) -> Detection:
     """Examine one scan, see `Detector`; for many, load a detector once. Raises UADError."""
     return Detector(bundle, **options)(image, brain=brain, affine=affine, series=series)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise SettingError(name, "is no device", "choose auto, cpu, cuda, cuda:0, ...") from error
 
 
 def _loadable(images: Sequence[Any], affine: np.ndarray | None, series: str | None) -> Any:

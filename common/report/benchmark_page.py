@@ -26,6 +26,7 @@ TABLES = {  # title -> metrics of result.json with their headings, of methods al
     "Slices and healthy subjects": (SUBJECTS, False),
     "Lesions": (LESIONS, True),
 }
+FEW = 5  # subjects: what was measured on fewer is grey
 TEXT, GRID = "#c9d1d9", "#30363d"
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -76,6 +77,7 @@ def benchmark_content(folder: Path) -> dict[str, Any]:
             "title": folder.resolve().name,
             "benchmark": OPTIONAL | benchmark,
             "counts": next(iter(results.values()), {}),
+            "few": FEW,
             "tables": [
                 *(_table(results, title, *about) for title, about in TABLES.items()),
                 _sites(results),
@@ -94,7 +96,7 @@ def _table(results: Results, title: str, metrics: Mapping[str, str], of_methods:
         "title": title,
         "caption": EXPLAINED[title],
         "headings": list(metrics.values()),
-        "rows": [(key, [_cell(result.get(name)) for name in metrics]) for key, result in rows.items()],
+        "rows": [(key, [_cell(result, name) for name in metrics]) for key, result in rows.items()],
     }
 
 
@@ -105,23 +107,34 @@ def _sites(results: Results) -> dict[str, Any]:
         "title": "Sites",
         "caption": EXPLAINED["Sites"],
         "headings": [f"{site['site'] or 'all'}: {heading}" for site in first for heading in SITES.values()],
-        "rows": [(key, [_cell(site[name]) for site in sites for name in SITES]) for key, sites in measured.items()],
+        "rows": [(key, [_cell(site, name) for site in sites for name in SITES]) for key, sites in measured.items()],
     }
 
 
 def _run_times(results: Results) -> dict[str, Any]:
     measured = {key: result["run_time"] for key, result in results.items() if result.get("run_time")}
     rows = [
-        (key, [(_number(time.get(name)), str(time.get(name, "-")), "") for name in TIMES])
+        (key, [(_number(time.get(name)), str(time.get(name, "-")), "", False) for name in TIMES])
         for key, time in measured.items()
     ]
     return {"title": "Run time", "caption": EXPLAINED["Run time"], "headings": list(TIMES.values()), "rows": rows}
 
 
-def _cell(metric: Mapping[str, Any] | None) -> tuple[float | None, str, str]:
-    """Value to sort by, text, interval."""
-    text, _, interval = cell(metric or {"value": None, "ci95": [None, None]}).partition(" ")
-    return _number((metric or {}).get("value")), text, interval.strip("()")
+def _cell(result: Mapping[str, Any], name: str) -> tuple[float | None, str, str, bool]:
+    """Of a metric: value to sort by, text, interval, whether it is of few subjects."""
+    metric = result.get(name) or {"value": None, "ci95": [None, None]}
+    text, _, interval = cell(metric).partition(" ")
+    subjects = subjects_of(result, name)
+    return _number(metric.get("value")), text, interval.strip("()"), subjects is not None and subjects < FEW
+
+
+def subjects_of(result: Mapping[str, Any], name: str) -> int | None:
+    """How many subjects a metric of a result, or of one of its sites, was measured on; None where that is not said."""
+    diseased, everybody = result.get("n_lesion_subjects"), result.get("n_subjects")
+    if name.startswith("healthy_"):
+        known = None not in (diseased, everybody)
+        return result.get("n_healthy", everybody - diseased if known else None)  # type: ignore[operator]
+    return everybody if name in SUBJECTS else diseased
 
 
 def _number(value: Any) -> float | None:

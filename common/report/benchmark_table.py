@@ -61,6 +61,8 @@ TIMES = {
     "device": "device",
     "threads": "threads",
 }
+FEW = "†"
+FEW_EXPLAINED = f"{FEW} an interval over fewer than 5 subjects, who say little about others."
 EXPLAINED = {
     "Voxels": "Pooled over the foreground of the subjects with a lesion. Oracle: the labels choose the threshold.",
     "Slices and healthy subjects": "A slice is abnormal where it holds lesion; slices are ranked by the mean of the "
@@ -82,12 +84,13 @@ EXPLAINED = {
 
 
 def cell(metric: Mapping[str, Any]) -> str:
-    """`0.123 (0.100-0.140)`; undefined is a dash."""
+    """`0.123 (0.100-0.140)`, with `FEW` behind an interval over fewer than 5 subjects; undefined is a dash."""
     value, (low, high) = metric["value"], metric["ci95"]
     if value is None:
         return "-"
     separator = " to " if low is not None and low < 0 else "-"
-    return f"{value:.3f}" + ("" if low is None else f" ({low:.3f}{separator}{high:.3f})")
+    mark = FEW if "few_subjects" in metric else ""
+    return f"{value:.3f}" + ("" if low is None else f" ({low:.3f}{separator}{high:.3f}){mark}")
 
 
 def protocol_cell(number: float | Mapping[str, float] | None) -> str:
@@ -119,7 +122,7 @@ def markdown_tables(benchmark: Mapping[str, Any]) -> str:
     lines = [
         f"{first['n_subjects']} subjects, {first['n_lesion_subjects']} of them with {first['n_lesions']} lesions in "
         f"{first['n_lesion_slices']} slices; seed {benchmark['seed']}; cohort `{benchmark['cohort_sha256'][:12]}`. "
-        "95 % intervals by bootstrap over subjects.",
+        f"95 % intervals by bootstrap over subjects. {FEW_EXPLAINED}",
         "",
     ]
     lines += _section("Voxels", VOXELS.values(), [[m["key"], *(cell(m[n]) for n in VOXELS)] for m in methods])

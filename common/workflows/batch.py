@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -21,8 +22,11 @@ from ..files import discard_partial, replacing
 from ..images.check import root_cause
 from ..locks import locked
 from ..outputs import case_place, check_places
+from ..progress import Progress
 from .engines import DetectionEvaluator
 from .inference import SaveDetections
+
+logger = logging.getLogger("uad")
 
 
 class StatusTable:
@@ -86,11 +90,13 @@ class StatusTable:
         """Append the line of a case that failed, and say it on stderr."""
         cause = root_cause(error)
         self.add(case, type(cause).__name__, seconds, str(cause))
+        logger.error("%s: %s: %s", case, type(cause).__name__, cause, exc_info=error)
         _say(f"{type(cause).__name__}: {cause}")
 
     def add_verdict(self, case: str, verdict: Mapping[str, Any], seconds: float) -> None:
         """Append the line of a case that was written, and say it on stderr where it is not reliable."""
         doubts = "; ".join(verdict.get("doubts", ()))
+        logger.info("%s: %s in %.2f s %s", case, verdict.get("reliability", OK), seconds, doubts)
         self.add(case, verdict.get("reliability", OK), seconds, doubts)
         if doubts:
             _say(f"unreliable: {case}: {doubts}")
@@ -212,13 +218,13 @@ def detect_cases(
     """
     runner, failed = CaseRunner(workflow), 0
     output_dir, mine = runner.saver.output_dir, items[part[0] - 1 :: part[1]]
-    with StatusTable(output_dir / status_name(part)) as table:
-        for item in tqdm(claimed(output_dir, mine), total=len(mine), unit="case", disable=None):
+    with StatusTable(output_dir / status_name(part)) as table, Progress(len(mine)) as progress:
+        for item in progress.each(claimed(output_dir, mine), lambda item: str(item["subject"])):
             case, started = str(item["subject"]), time.perf_counter()
             try:
                 record = None if overwrite else runner.saver.finished(item)
                 if record is None:
-                    folder, entities = case_place(output_dir, item)
+                    folder, entities = case_place(output_dir, item, runner.evaluator.bundle)
                     discard_partial(folder.parent, entities or folder.name)
                     runner(item)
                     table.add_verdict(case, runner.saver.verdicts[case], time.perf_counter() - started)

@@ -59,7 +59,7 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.cli.BUNDLES_DIR", tmp_path)
+    monkeypatch.setenv("UAD_BUNDLES", str(tmp_path))
     arguments = ["new-bundle", "toy", "--like", "vae"]
     done = CliRunner().invoke(app, arguments)
     assert (done.exit_code, done.stdout.split(":")[0]) == (0, str(tmp_path / "toy"))

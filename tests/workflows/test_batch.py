@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import errno
+import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from common.errors import OutputError
 from common.workflows.batch import StatusTable, claimed
 
 CASES, KILLED_AT = 12, 4
+SOAKED = (30, 120)  # cases after which memory is measured
 KILLED = f"""
 import os, signal, sys
 from common.workflows import batch
@@ -206,6 +209,31 @@ def test_two_processes_share_the_cases(thin_brains, tmp_path):
     assert all(len(list((out / name).iterdir())) == 6 for name in after)
 
 
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_cases(thin_brains, tmp_path):
+    """What a case leaves behind, beyond what the allocator keeps of the first ones, would end a cohort of thousands."""
+    source, folder = (thin_brains / "00.nii.gz").read_bytes(), tmp_path / "many"
+    folder.mkdir()
+    for number in range(SOAKED[-1]):
+        (folder / f"{number:04}.nii.gz").write_bytes(source)
+    memory, add = {}, StatusTable.add
+
+    def add_and_measure(table, *arguments):
+        add(table, *arguments)
+        if len(table.rows) in SOAKED:
+            gc.collect()
+            memory[len(table.rows)] = resident_mb()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StatusTable, "add", add_and_measure)
+        assert detect(folder, "-o", tmp_path / "out").exit_code == 0
+    assert memory[SOAKED[1]] - memory[SOAKED[0]] < 20
+
+
+def resident_mb():
+    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))[1]) / 1000
+
+
 def test_killed_run_goes_on(thin_brains, tmp_path):
     """Killed at the worst moment: the results of a case are there, its line is not."""
     out = tmp_path / "out"
@@ -263,17 +291,14 @@ def test_bids_dataset_gives_derivatives(thin_brains, tmp_path):
         assert detect(root, "-o", out).exit_code == 0
     anat = out / "sub-02" / "ses-1" / "anat"
     assert {path.name for path in anat.iterdir()} == {
-        f"sub-02_ses-1_desc-{name}"
+        f"sub-02_ses-1_desc-dae_{name}"
         for name in (
-            "anomaly_map.nii.gz",
-            "anomaly_mask.nii.gz",
-            "reconstruction_map.nii.gz",
-            "anomaly_lesions.csv",
-            "anomaly_preview.png",
-            "anomaly_run.json",
+            *("map.nii.gz", "mask.nii.gz", "reconstruction.nii.gz", "map.json", "mask.json", "reconstruction.json"),
+            *("lesions.csv", "preview.png", "run.json"),
         )
     }
-    assert {path.name for path in out.iterdir()} == {"sub-01", "sub-02", "status.tsv", "dataset_description.json"}
+    names = {"sub-01", "sub-02", "status.tsv", "dataset_description.json", ".bidsignore"}
+    assert {path.name for path in out.iterdir()} == names
     assert json.loads((out / "dataset_description.json").read_text(encoding="utf-8"))["DatasetType"] == "derivative"
     assert detect(root, "-o", tmp_path / "one", "--participant-label", "02").exit_code == 0
     assert set(statuses(tmp_path / "one")) == {"sub-02_ses-1"}
