@@ -295,9 +295,9 @@ class BinaryAutoencoderObjective(TrainingObjective):
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
         """Keys `loss`, `l1`, `l2`, `indecision`, and those in use of `perceptual`, `generator`, `discriminator`."""
         target = images * 2 - 1
-        reconstruction, _, std = self.autoencoder(target)
+        reconstruction, p, _ = self.autoencoder(target)
         difference = reconstruction - target
-        losses = {"l1": difference.abs().mean(), "l2": difference.square().mean(), "indecision": 4 * (std**2).mean()}
+        losses = {"l1": difference.abs().mean(), "l2": difference.square().mean(), "indecision": (4 * p * (1 - p)).mean()}
         terms = losses | {"both": losses["l1"] + 2 * losses["l2"]}
         losses["loss"] = terms[self.reconstruction] + self.indecision_weight * losses["indecision"]
         if self.perceptual is not None:
