@@ -297,7 +297,11 @@ class BinaryAutoencoderObjective(TrainingObjective):
         target = images * 2 - 1
         reconstruction, p, _ = self.autoencoder(target)
         difference = reconstruction - target
-        losses = {"l1": difference.abs().mean(), "l2": difference.square().mean(), "indecision": (4 * p * (1 - p)).mean()}
+        losses = {
+            "l1": difference.abs().mean(),
+            "l2": difference.square().mean(),
+            "indecision": (4 * p * (1 - p)).mean(),
+        }
         terms = losses | {"both": losses["l1"] + 2 * losses["l2"]}
         losses["loss"] = terms[self.reconstruction] + self.indecision_weight * losses["indecision"]
         if self.perceptual is not None:
