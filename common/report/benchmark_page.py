@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from itertools import cycle
@@ -121,7 +122,7 @@ def _run_times(results: Results) -> dict[str, Any]:
 def _cell(metric: Mapping[str, Any] | None) -> tuple[float | None, str, str]:
     """Value to sort by, text, interval."""
     text, _, interval = cell(metric or {"value": None, "ci95": [None, None]}).partition(" ")
-    return _number((metric or {}).get("value")), text, interval.strip("()")
+    return _number((metric or {}).get("value")), text, re.sub("[()]", "", interval)
 
 
 def _number(value: Any) -> float | None:

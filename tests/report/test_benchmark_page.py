@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from pages import Page, assert_asks_for_nothing
 
 from common.errors import ResultError
+from common.report.benchmark_page import _cell
 from common.report.benchmark_table import cell
 from common.report.html import write_report
 
@@ -17,8 +19,7 @@ def test_benchmark_has_tables_and_plots(benchmark_folder):
     page = Page(benchmark_folder / "report.html")
     result = json.loads((benchmark_folder / "seer" / "result.json").read_text(encoding="utf-8"))
     assert page.cells[0][0] == "seer"
-    (low, high), value = result["auprc"]["ci95"], result["auprc"]["value"]
-    assert page.cells[0][1] == f"{value:.3f}{low:.3f}-{high:.3f}"
+    assert page.cells[0][1] == re.sub("[ ()]", "", cell(result["auprc"]))
     assert sum(tag == "svg" for tag, _ in page.elements) == 4
     for text in ("recall", "precision", "threshold / shipped threshold", "seconds a slice", "healthy", "intensity_T1"):
         assert text in page.text
@@ -54,3 +55,8 @@ def test_broken_benchmark(content, tmp_path):
     (tmp_path / "seer" / "result.json").write_text('{"auprc": 1, "curves": []}', encoding="utf-8")
     with pytest.raises(ResultError):
         write_report(tmp_path)
+
+
+def test_an_interval_over_few_subjects_is_marked():
+    assert _cell({"value": 0.2, "ci95": [0.1, 0.3], "few_subjects": 3}) == (0.2, "0.200", "0.100-0.300†")
+    assert _cell({"value": 0.2, "ci95": [None, None]}) == (0.2, "0.200", "")

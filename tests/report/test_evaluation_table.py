@@ -25,4 +25,4 @@ def test_each_defined_metric_is_a_line_and_each_baseline():
 def test_intervals_over_few_subjects_are_explained():
     lines = evaluation_table(evaluate(cohort(n_lesion=3, n_healthy=5)) | ABOUT).splitlines()
     assert next(line for line in lines if line.startswith("AUPRC")).endswith("†")
-    assert lines[-1] == "† an interval over fewer than 5 subjects, who say little about others."
+    assert lines[-1] == "† marks an interval over fewer than 5 subjects, who say little about others."
