@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from itertools import cycle
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ..errors import ResultError
+from ..metrics.bootstrap import FEW_SUBJECTS
 from ..results.read import read_json
 from .benchmark_table import EXPLAINED, LESIONS, SITES, SUBJECTS, TIMES, VOXELS, cell
 
@@ -26,7 +28,6 @@ TABLES = {  # title -> metrics of result.json with their headings, of methods al
     "Slices and healthy subjects": (SUBJECTS, False),
     "Lesions": (LESIONS, True),
 }
-FEW = 5  # subjects: what was measured on fewer is grey
 TEXT, GRID = "#c9d1d9", "#30363d"
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -77,7 +78,7 @@ def benchmark_content(folder: Path) -> dict[str, Any]:
             "title": folder.resolve().name,
             "benchmark": OPTIONAL | benchmark,
             "counts": next(iter(results.values()), {}),
-            "few": FEW,
+            "few": FEW_SUBJECTS,
             "tables": [
                 *(_table(results, title, *about) for title, about in TABLES.items()),
                 _sites(results),
@@ -124,17 +125,7 @@ def _cell(result: Mapping[str, Any], name: str) -> tuple[float | None, str, str,
     """Of a metric: value to sort by, text, interval, whether it is of few subjects."""
     metric = result.get(name) or {"value": None, "ci95": [None, None]}
     text, _, interval = cell(metric).partition(" ")
-    subjects = subjects_of(result, name)
-    return _number(metric.get("value")), text, interval.strip("()"), subjects is not None and subjects < FEW
-
-
-def subjects_of(result: Mapping[str, Any], name: str) -> int | None:
-    """How many subjects a metric of a result, or of one of its sites, was measured on; None where that is not said."""
-    diseased, everybody = result.get("n_lesion_subjects"), result.get("n_subjects")
-    if name.startswith("healthy_"):
-        known = None not in (diseased, everybody)
-        return result.get("n_healthy", everybody - diseased if known else None)  # type: ignore[operator]
-    return everybody if name in SUBJECTS else diseased
+    return _number(metric.get("value")), text, re.sub("[()]", "", interval), "few_subjects" in metric
 
 
 def _number(value: Any) -> float | None:

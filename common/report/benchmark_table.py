@@ -62,9 +62,10 @@ TIMES = {
     "threads": "threads",
 }
 FEW = "†"
-FEW_EXPLAINED = f"{FEW} an interval over fewer than 5 subjects, who say little about others."
+FEW_EXPLAINED = f"{FEW} marks an interval over fewer than 5 subjects, who say little about others."
 EXPLAINED = {
-    "Voxels": "Pooled over the foreground of the subjects with a lesion. Oracle: the labels choose the threshold.",
+    "Voxels": "Pooled over the foreground of the subjects with a lesion. Oracle: the labels choose the threshold. "
+    f"Here and below {FEW_EXPLAINED}",
     "Slices and healthy subjects": "A slice is abnormal where it holds lesion; slices are ranked by the mean of the "
     "highest 1 % of the map, and by the method's own score where it has one. Whole volumes with a lesion against those "
     "without: likewise, the method's own score being the mean over the slices, and by the largest component of the "
@@ -122,7 +123,7 @@ def markdown_tables(benchmark: Mapping[str, Any]) -> str:
     lines = [
         f"{first['n_subjects']} subjects, {first['n_lesion_subjects']} of them with {first['n_lesions']} lesions in "
         f"{first['n_lesion_slices']} slices; seed {benchmark['seed']}; cohort `{benchmark['cohort_sha256'][:12]}`. "
-        f"95 % intervals by bootstrap over subjects. {FEW_EXPLAINED}",
+        "95 % intervals by bootstrap over subjects.",
         "",
     ]
     lines += _section("Voxels", VOXELS.values(), [[m["key"], *(cell(m[n]) for n in VOXELS)] for m in methods])

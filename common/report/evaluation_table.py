@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..detection.calibration import origin_in_words
 from .benchmark_table import FEW, FEW_EXPLAINED, LESIONS, SUBJECTS, VOXELS, cell
 
-OF_BASELINES = ("auprc", "max_dice_pooled", "image_auroc", "healthy_fp_share")
+OF_BASELINES = ("auprc", "max_dice_pooled", "image_auroc", "volume_auroc")  # the others need a threshold
 
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
     """Lines of text: each metric of the method that is defined, then some of them for the baselines."""
-    names = {**VOXELS, **SUBJECTS, **LESIONS}
+    names = {**VOXELS, **SUBJECTS, **{name: f"lesions: {title}" for name, title in LESIONS.items()}}
     about = (
         f"{result['bundle']}: {result['n_subjects']} subjects, {result['n_lesion_subjects']} of them with "
         f"{result['n_lesions']} lesions in {result['n_lesion_slices']} slices; threshold {result['threshold']:.4g}, "
-        f"{result['threshold_origin']}"
+        f"{origin_in_words(result['threshold_origin'])}"
     )
     rows = [[title, cell(result[name])] for name, title in names.items() if result[name]["value"] is not None]
     lines = [about, "", *_aligned([["metric", "value (95 % interval)"], *rows])]
