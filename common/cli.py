@@ -42,6 +42,7 @@ from .weights import sha256
 from .workflows.batch import check_detection, chosen_part, detect_cases
 from .workflows.benchmark import run_benchmark
 from .workflows.calibrate import check_calibrated, healthy_cases
+from .workflows.cluster import detect_by_workers
 from .workflows.prepare import prepare_cohort
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -111,6 +112,8 @@ Register = Annotated[
 ]
 Series = Annotated[str | None, typer.Option(help="UID or description of the DICOM series to take.")]
 Participants = Annotated[list[str] | None, typer.Option(help="Of a BIDS dataset; may be repeated.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Processes on this machine that share the cases, by Dask.")]
+Scheduler = Annotated[str | None, typer.Option(help="Let a Dask cluster do the cases: tcp://HOST:PORT.")]
 Items = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="ITEM=VALUE", help="Of the bundle's inference.json, such as L=300; may be repeated."),
@@ -166,6 +169,8 @@ def detect(
     ] = Format.NIFTI,
     force: Annotated[bool, typer.Option("--force", help="DICOM objects of unreliable results too.")] = False,
     items: Items = None,
+    jobs: Jobs = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """Write an anomaly map, a segmentation and a pseudo-healthy reconstruction of each scan, on its own grid.
 
@@ -184,9 +189,12 @@ def detect(
             "task::force": force,
         }
         with typed_errors():
-            workflow = load_workflow(method, ["inference.json"], output_dir=str(output.resolve()), **override)
-            workflow.initialize()
-            failed = detect_cases(workflow, cases, own_part, overwrite)
+            if jobs is not None or scheduler is not None:
+                failed = detect_by_workers(method, override, output, cases, own_part, overwrite, jobs, scheduler)
+            else:
+                workflow = load_workflow(method, ["inference.json"], output_dir=str(output.resolve()), **override)
+                workflow.initialize()
+                failed = detect_cases(workflow, cases, own_part, overwrite)
     if failed:
         raise typer.Exit(FAILED)
 
