@@ -7,6 +7,7 @@ a worker that was killed had not finished is done by another one.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,6 +98,7 @@ def connected(jobs: int | None, scheduler: str | None) -> Iterator[Any]:
     if scheduler is None:
         options = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": None}
         with (
+            _environment_kept(),
             distributed.LocalCluster(n_workers=jobs, silence_logs=logging.CRITICAL, **options) as cluster,
             distributed.Client(cluster) as client,
         ):
@@ -109,6 +111,17 @@ def connected(jobs: int | None, scheduler: str | None) -> Iterator[Any]:
         raise ClusterError(scheduler, fact, "start one, or give its address as it says it itself") from error
     with client:
         yield client
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Dask puts what its workers shall have into the environment of this process, too, and leaves it there."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def detect_by_workers(

@@ -222,6 +222,27 @@ def test_command_writes_what_one_process_writes(client, phantom, save_nifti, mon
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
+def test_environment_of_this_process_stays(monkeypatch):
+    """A cluster of this machine changes it for its workers."""
+
+    class Workers:
+        def __init__(self, *arguments, **options):
+            monkeypatch.setitem(os.environ, "OPENBLAS_NUM_THREADS", "17")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    monkeypatch.setattr(distributed, "LocalCluster", Workers)
+    monkeypatch.setattr(distributed, "Client", Workers)
+    with connected(2, None):
+        assert os.environ["OPENBLAS_NUM_THREADS"] == "17"
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "3"
+
+
 @pytest.mark.slow
 def test_cases_of_a_killed_worker_are_done_by_another(phantom, save_nifti, tmp_path):
     """In the middle of a case; nothing is lost, nothing is done twice, no line is there twice."""
@@ -235,7 +256,7 @@ def test_cases_of_a_killed_worker_are_done_by_another(phantom, save_nifti, tmp_p
         victim = next(iter(client.run(os.getpid).values()))
         run = threading.Thread(target=lambda: failed.append(detect_on(client, job, items)))
         run.start()
-        deadline, is_killed = time.monotonic() + 400, False
+        deadline, is_killed = time.monotonic() + 600, False
         while run.is_alive() and time.monotonic() < deadline:
             for record in out.glob("[!.]*/run.json"):
                 written = record.stat().st_mtime_ns
