@@ -27,7 +27,7 @@ MEASURED = (
 )
 CASE_COLUMNS = ("case", "status", "reliability", "bundle", *MEASURED, *QUALITY, "seconds", "reasons")
 OF_A_LESION = ("volume_ml", "x_mm", "y_mm", "z_mm", "mean_map", "max_map", "mni_x_mm", "mni_y_mm", "mni_z_mm")
-LESION_COLUMNS = ("case", "reliability", "lesion", *OF_A_LESION)
+LESION_COLUMNS = ("case", "bundle", "reliability", "lesion", *OF_A_LESION)
 COLUMNS = {CASES: CASE_COLUMNS, LESIONS: LESION_COLUMNS}
 WITH_RESULT = {OK, UNRELIABLE, DicomError.__name__}  # of the last, all but the DICOM objects was written
 
@@ -61,8 +61,8 @@ def write_tables(folder: Path) -> None:
 def rows_of(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of `cases.csv` and of `lesions_all.csv`. Raises ResultError where a status table is broken."""
     outcomes = {outcome.case: outcome for outcome in read_outcomes(folder)}
-    cases: dict[str, dict[str, Any]] = {}
-    lesions: list[tuple[str, list[dict[str, Any]]]] = []
+    cases: list[dict[str, Any]] = []
+    lesions: list[dict[str, Any]] = []
     for record in records_in(folder):
         files = CaseFiles.of_record(record)
         try:
@@ -70,18 +70,22 @@ def rows_of(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             case = one_cell(str(run.get("subject", files.name)))
             found = located_lesions(files)
         except ResultError as error:  # one broken case does not hide the others
-            case = one_cell(files.name)
-            cases[case] = _without_result(Outcome(case, type(error).__name__, str(error)))
+            cases.append(_without_result(Outcome(one_cell(files.name), type(error).__name__, str(error))))
             continue
-        outcome = outcomes.pop(case, Outcome(case, run["reliability"], "; ".join(run["doubts"])))
+        outcome = outcomes.get(case) or Outcome(case, run["reliability"], "; ".join(run["doubts"]))
         if outcome.status in WITH_RESULT:
-            cases[case] = _with_result(outcome, run)
-            lesions.append((case, [_lesion(case, run, number, each) for number, each in enumerate(found, 1)]))
+            cases.append(_with_result(outcome, run))
+            lesions += [_lesion(case, run, number, each) for number, each in enumerate(found, 1)]
         else:  # what is there is of an earlier run, or of other settings
-            cases[case] = _without_result(outcome)
-    cases |= {case: _without_result(outcome) for case, outcome in outcomes.items()}
-    lesions.sort(key=lambda of_case: of_case[0])
-    return [cases[case] for case in sorted(cases)], [row for _, rows in lesions for row in rows]
+            cases.append(_without_result(outcome))
+    there = {row["case"] for row in cases}
+    cases += [_without_result(outcome) for case, outcome in outcomes.items() if case not in there]
+    return sorted(cases, key=_place), sorted(lesions, key=_place)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, str, int]:
+    """By case, then by method, for one dataset may have the results of several, then by lesion."""
+    return row["case"], row.get("bundle", ""), row.get("lesion", 0)
 
 
 def _without_result(outcome: Outcome) -> dict[str, Any]:
@@ -99,7 +103,7 @@ def _with_result(outcome: Outcome, run: Mapping[str, Any]) -> dict[str, Any]:
 def _lesion(case: str, run: Mapping[str, Any], number: int, lesion: Mapping[str, Any]) -> dict[str, Any]:
     place = [None] * 3 if lesion["mni_mm"] is None else [round(value, 2) for value in lesion["mni_mm"]]
     mni = dict(zip(OF_A_LESION[-3:], place, strict=True))
-    about = {"case": case, "reliability": run["reliability"], "lesion": number}
+    about = {"case": case, "bundle": run["bundle"], "reliability": run["reliability"], "lesion": number}
     return about | {name: lesion[name] for name in OF_A_LESION[:-3]} | mni
 
 

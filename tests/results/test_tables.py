@@ -25,7 +25,7 @@ def make(tmp_path, monkeypatch):
     """Write a case with two blobs of 8 and 1 voxels of 8 mm3 into `out`."""
     monkeypatch.setattr("common.results.case.save_preview", lambda case, threshold, path, *others: path.touch())
 
-    def made(name, doubts=(), to_mni=None, entities=None):
+    def made(name, doubts=(), to_mni=None, entities=None, bundle="dae"):
         ones = np.ones((12, 12, 12), np.float32)
         mask = np.zeros_like(ones)
         mask[2:4, 2:4, 2:4] = mask[9, 9, 9] = 1
@@ -36,7 +36,7 @@ def make(tmp_path, monkeypatch):
         calibration.fit(0.5, 0.01, torch.linspace(0, 2, 20))
         case = Case(name, **volumes, to_mni=to_mni)
         numbers = calibration.describe(case.anomaly_map.as_tensor(), case.brain.as_tensor(), 0.5)
-        run = {"bundle": "dae", "weights_sha256": "ab", "input_sha256": {}, "settings": {}, "seconds": 1.5}
+        run = {"bundle": bundle, "weights_sha256": "ab", "input_sha256": {}, "settings": {}, "seconds": 1.5}
         found = numbers | {"tissue_modes": [0.2, 0.6, 0.8]} | verdict(doubts)
         folder = tmp_path / "out" / ("sub" if entities else name)
         write_case(folder, entities, case, found, run)
@@ -109,6 +109,18 @@ def test_case_of_a_bids_derivative_goes_by_its_subject(make, tmp_path):
     (tmp_path / "out" / "status.tsv").write_text(f"{HEADER}sub-01_T1w\tok\t1.00\t\n", encoding="utf-8")
     write_tables(tmp_path / "out")
     assert [row["case"] for row in rows(tmp_path / "out" / "cases.csv")] == ["sub-01_T1w"]
+
+
+def test_results_of_several_methods_have_a_row_each(make, tmp_path):
+    for bundle in ("vae", "dae"):
+        make("sub-01", entities=f"sub-01_desc-{bundle}", bundle=bundle)
+    (tmp_path / "out" / "status.tsv").write_text(f"{HEADER}sub-01\tok\t1.00\t\n", encoding="utf-8")
+    write_tables(tmp_path / "out")
+    assert [(row["case"], row["bundle"]) for row in rows(tmp_path / "out" / "cases.csv")] == [
+        ("sub-01", "dae"),
+        ("sub-01", "vae"),
+    ]
+    assert [row["bundle"] for row in rows(tmp_path / "out" / "lesions_all.csv")] == ["dae", "dae", "vae", "vae"]
 
 
 def test_same_cases_same_bytes_and_nothing_is_left(make, tmp_path):
