@@ -133,13 +133,14 @@ class Detector:
         self, subject: str, batch: Mapping[str, Any], output: Mapping[str, Any], started: float
     ) -> Detection:
         volumes = {name: output[name] for name in ("anomaly_map", "segmentation", "reconstruction")}
-        case = Case(subject=subject, image=batch["input"], brain=batch["brain"], **volumes)
+        to_mni = np.asarray(batch["to_mni"]) if "to_mni" in batch else None
+        case = Case(subject=subject, image=batch["input"], brain=batch["brain"], **volumes, to_mni=to_mni)
         lesions = find_lesions(case)
         result = self._kept.result(output)
         run = self._kept.run_record(batch, self._runner.evaluator.state.device)
         run["seconds"] = round(time.perf_counter() - started, 3)
         images = {name: as_nifti(volume, case.affine) for name, volume in volumes.items()}
-        record = case_record(subject, result, run, lesions)
+        record = case_record(case, result, run, lesions)
         return Detection(**images, lesions=numbered(lesions), record=record)
 
 

@@ -35,11 +35,13 @@ from .options import (
     Cohort,
     Device,
     Items,
+    Jobs,
     Method,
     MethodArgument,
     Part,
     Participants,
     Register,
+    Scheduler,
     Seed,
     Series,
     StripHow,
@@ -135,6 +137,8 @@ def detect(
     ] = Format.NIFTI,
     force: Annotated[bool, typer.Option("--force", help="DICOM objects of unreliable results too.")] = False,
     items: Items = None,
+    jobs: Jobs = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """Write an anomaly map, a segmentation and a pseudo-healthy reconstruction of each scan, on its own grid.
 
@@ -155,9 +159,14 @@ def detect(
             "task::dicom": output_format is Format.DICOM_SEG,
             "task::force": force,
         }
-        workflow = load_workflow(method, ["inference.json"], output_dir=str(output.resolve()), **override)
-        workflow.initialize()
-        failed = detect_cases(workflow, cases, own_part, overwrite)
+        if jobs is not None or scheduler is not None:
+            from .workflows.cluster import detect_by_workers
+
+            failed = detect_by_workers(method, override, output, cases, own_part, overwrite, jobs, scheduler)
+        else:
+            workflow = load_workflow(method, ["inference.json"], output_dir=str(output.resolve()), **override)
+            workflow.initialize()
+            failed = detect_cases(workflow, cases, own_part, overwrite)
     if failed:
         raise typer.Exit(FAILED)
 

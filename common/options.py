@@ -58,6 +58,8 @@ Participants = Annotated[list[str] | None, typer.Option(help="Of a BIDS dataset;
 Part = Annotated[
     str | None, typer.Option(help="i/n: the i-th of n parts of the cases. SLURM's array is read.", callback=_part)
 ]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Processes on this machine that share the cases, by Dask.")]
+Scheduler = Annotated[str | None, typer.Option(help="Let a Dask cluster do the cases: tcp://HOST:PORT.")]
 Items = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="ITEM=VALUE", help="Of the bundle's inference.json, such as L=300; may be repeated."),

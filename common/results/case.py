@@ -26,6 +26,7 @@ from ..outputs import BIDS_NAMES, RECORD, SIDECARS, check_case_folder, put_in_pl
 from ..transforms.registration import write_tfm
 from .dicom import save_dicom
 from .preview import save_preview
+from .quality import quality
 
 MANY_TIMES, DEFAULT_HEALTHY_SHARE = 10, 0.01  # of a healthy brain above the threshold, from where a warning is due
 
@@ -107,9 +108,10 @@ def write_files(folder: Path, case: Case, result: Mapping[str, Any], run: Mappin
             save_dicom(case, case.find_series(), folder, *maker)
         except DicomError as error:
             failure = error
-    title = f"{run['bundle']}: threshold {result['threshold']:.3g}, {origin_in_words(result['threshold_origin'])}"
+    origin = origin_in_words(result["threshold_origin"])
+    title = f"{run['bundle']}, status: {result['reliability']}\nthreshold {result['threshold']:.3g}, {origin}"
     save_preview(case, result["threshold"], folder / "preview.png", result["doubts"], title)
-    record = case_record(case.subject, result, run, lesions)
+    record = case_record(case, result, run, lesions)
     record["warnings"] += [str(failure)] if failure else []
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return failure
@@ -171,11 +173,11 @@ def numbered(lesions: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def case_record(
-    subject: str, result: Mapping[str, Any], run: Mapping[str, Any], lesions: list[dict[str, float]]
+    case: Case, result: Mapping[str, Any], run: Mapping[str, Any], lesions: list[dict[str, float]]
 ) -> dict[str, Any]:
-    """What run.json says of a case: the run, what was found (`describe`), and the warnings of both."""
-    found = describe(result, lesions)
-    return {"subject": subject, **run, **found, "warnings": [*run.get("warnings", []), *found["warnings"]]}
+    """What run.json says of a case: the run, what was found (`describe`), its quality, and the warnings of both."""
+    found = describe(result, lesions) | {"quality": quality(case, result)}
+    return {"subject": case.subject, **run, **found, "warnings": [*run.get("warnings", []), *found["warnings"]]}
 
 
 def describe(result: Mapping[str, Any], lesions: list[dict[str, float]]) -> dict[str, Any]:

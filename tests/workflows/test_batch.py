@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from common.cli import app
 from common.errors import OutputError
-from common.workflows.batch import StatusTable, claimed
+from common.workflows.batch import StatusTable, check_detection, claimed
 
 CASES, KILLED_AT = 12, 4
 SOAKED = (30, 120)  # cases after which memory is measured
@@ -52,6 +52,11 @@ def detect(*arguments):
 def statuses(folder, name="status.tsv"):
     with (folder / name).open(newline="", encoding="utf-8") as file:
         return {row["case"]: row for row in csv.DictReader(file, delimiter="\t")}
+
+
+def table(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def records(folder):
@@ -181,6 +186,16 @@ def test_cases_that_another_process_is_at_come_last(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_table_that_is_an_input_or_of_somebody_else_is_not_written_over(tmp_path):
+    items = [{"subject": name, "image": str(tmp_path / f"{name}.nii.gz")} for name in "ab"]
+    (tmp_path / "cases.csv").write_text("subject,T1\na,a.nii.gz\nb,b.nii.gz\n", encoding="utf-8")
+    with pytest.raises(OutputError, match="over the input"):
+        check_detection(tmp_path, items, "dae", [tmp_path / "cases.csv"])
+    with pytest.raises(OutputError, match="is not a table of uad detect"):
+        check_detection(tmp_path, items, "dae", [])
+    check_detection(tmp_path, items[:1], "dae", [])  # of one case there are no tables
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_cases(thin_brains, tmp_path):
     """One of them is killed, and the rest is done; each case once, with one line."""
@@ -256,6 +271,8 @@ def test_killed_run_goes_on(thin_brains, tmp_path):
         assert "slices of 4.0 mm" in row["message"], case
     assert len((out / "status.tsv").read_text(encoding="utf-8").splitlines()) == 1 + CASES
     assert not list(out.glob(".*"))  # nothing half-written is left
+    assert [row["case"] for row in table(out / "cases.csv")] == sorted(after)
+    assert {row["status"] for row in table(out / "cases.csv")} == {"unreliable"}
 
 
 def test_parts_and_overwrite(thin_brains, tmp_path):
@@ -270,6 +287,8 @@ def test_parts_and_overwrite(thin_brains, tmp_path):
     assert [run.communicate() and run.returncode for run in runs] == [0, 0]
     assert set(statuses(out, "status_1-of-2.tsv")) == {"00", "02"}
     assert set(statuses(out, "status_2-of-2.tsv")) == {"01"}
+    assert [row["case"] for row in table(out / "cases.csv")] == ["00", "01", "02"]  # of both parts
+    assert {row["case"] for row in table(out / "lesions_all.csv")} <= {"00", "01", "02"}
 
     before = records(out)
     assert detect(few[0], "-o", out, "--overwrite").exit_code == 0
@@ -297,8 +316,8 @@ def test_bids_dataset_gives_derivatives(thin_brains, tmp_path):
             *("lesions.csv", "preview.png", "run.json"),
         )
     }
-    names = {"sub-01", "sub-02", "status.tsv", "dataset_description.json", ".bidsignore"}
-    assert {path.name for path in out.iterdir()} == names
+    names = {"dataset_description.json", ".bidsignore", "status.tsv", "cases.csv", "lesions_all.csv"}
+    assert {path.name for path in out.iterdir()} == {"sub-01", "sub-02", *names}
     assert json.loads((out / "dataset_description.json").read_text(encoding="utf-8"))["DatasetType"] == "derivative"
     assert detect(root, "-o", tmp_path / "one", "--participant-label", "02").exit_code == 0
     assert set(statuses(tmp_path / "one")) == {"sub-02_ses-1"}
