@@ -117,7 +117,7 @@ def cohort_kind(context: typer.Context) -> None:
 def detect(
     image: Annotated[
         list[Path],
-        typer.Argument(help="NIfTI, NRRD, MetaImage files; a folder of them; a DICOM folder; BIDS; a cohort CSV."),
+        typer.Argument(help="NIfTI, NRRD, MetaImage files; a folder of them; a DICOM folder, zip; BIDS; a cohort CSV."),
     ],
     method: Method,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results, one folder a case.")],

@@ -104,7 +104,7 @@ def write_files(folder: Path, case: Case, result: Mapping[str, Any], run: Mappin
     failure = None
     if case.find_series is not None:
         try:
-            maker = str(run["bundle"]), versions()["uad-bundles"], run["weights_sha256"]
+            maker = str(run["bundle"]), versions()["uad-bundles"], result["threshold"], run["weights_sha256"]
             save_dicom(case, case.find_series(), folder, *maker)
         except DicomError as error:
             failure = error

@@ -51,10 +51,11 @@ def _unclaimed(about: dict[str, Any]) -> dict[str, Any]:
 
 def _card(text: str) -> str:
     """A model card with all headings, and the sections that stay."""
-    _, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    head, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    front = re.sub("^license: .*", f"license: {TODO}", head[: head.rindex("---\n") + 4], flags=re.MULTILINE)
     kept = [s if s.startswith(SECTIONS) else f"{s.splitlines()[0]}\n\n{TODO}\n\n" for s in sections]
     kept = [f"{s.partition(END)[0]}{END}\n" if END in s else s for s in kept]
-    return "## ".join([f"# {TODO}\n\n", *kept])
+    return "## ".join([f"{front}\n# {TODO}\n\n", *kept])
 
 
 def json_layout(value: Any, indent: int = 0, lead: int = 0) -> str:
