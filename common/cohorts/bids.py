@@ -20,7 +20,7 @@ VERSION = "1.10.0"
 SOURCE = "source"  # how the derivative calls the dataset of the scans
 OF_THE_STANDARD = ("segmentation.nii.gz", "segmentation.json")
 NO_NAME = [f"*_{name}" for own, name in (BIDS_NAMES | SIDECARS).items() if own not in OF_THE_STANDARD]
-IGNORED = [*NO_NAME, "status*.tsv", REPORT, ".*"]
+IGNORED = [*NO_NAME, "status*.tsv", "cases.csv", "lesions_all.csv", REPORT, ".*"]
 
 
 def is_bids(folder: Path) -> bool:
