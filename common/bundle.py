@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -31,9 +32,7 @@ def own_folder() -> Path:
         return Path(given).expanduser().absolute()
     if BUNDLES_DIR != INSTALLED:
         return BUNDLES_DIR
-    from platformdirs import user_cache_path
-
-    return user_cache_path("uad-bundles", appauthor=False)
+    return importlib.import_module("platformdirs").user_cache_path("uad-bundles", appauthor=False)  # exports go without
 
 
 def bundle_folders() -> list[Path]:

@@ -267,8 +267,7 @@ def test_export_and_import_by_command(tmp_path, monkeypatch):
     done = CliRunner().invoke(cli.app, ["export", "dae", "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert re.search(r"dae\.zip: sha256 [0-9a-f]{64}$", done.output.strip())
-    for module in (bundle, cli):
-        monkeypatch.setattr(module, "BUNDLES_DIR", tmp_path / "bundles")
+    monkeypatch.setattr(bundle, "BUNDLES_DIR", tmp_path / "bundles")
     done = CliRunner().invoke(cli.app, ["import", str(tmp_path / "out" / "dae.zip")])
     assert done.exit_code == 0, done.output
     assert available_bundles() == ["dae"]
