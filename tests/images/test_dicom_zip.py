@@ -17,6 +17,7 @@ from common.images import dicom_zip
 from common.images.dicom import choose_series
 from common.images.dicom_zip import Unpacked
 from common.transforms.load import load_image
+from common.workflows.inference import source_series
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,12 @@ def test_files_are_there_as_long_as_the_series_is(series, temporary, tmp_path):
     del chosen
     gc.collect()
     assert list(temporary.iterdir()) == []
+
+
+def test_results_as_dicom_find_the_images_again(series, tmp_path):
+    found = source_series(load_image(pack(tmp_path / "scan.zip", series.files)))
+    assert [path.name for path in found.files] == [path.name for path in series.files]
+    assert all(path.is_file() for path in found.files)
 
 
 def test_series_of_a_study_is_chosen(write_series, series, tmp_path):
