@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from monai.networks.blocks import Convolution
@@ -84,26 +85,19 @@ class ScaleShiftBlock(DiffusionUNetResnetBlock):
 class CodeEncoder(Recorded, nn.Module):
     """Strided convolutions, the mean over the image, and a linear layer: no map is left, so that no place is either.
 
-    Group norm, whose statistics are those of the image: batch norm would keep those of the scanner of the training.
+    There is no norm. Batch norm, as published, keeps the statistics of the scanner of the training; group norm takes
+    the brightness from an image, which is what the code is for.
 
     Args:
         code_size: numbers of the code, c; few, so that they cannot hold a lesion.
         in_channels: of the image.
         channels: width of each level; a level halves the resolution.
-        norm_num_groups: of the group norm; a divisor of every width.
     """
 
-    def __init__(
-        self,
-        code_size: int = 64,
-        in_channels: int = 1,
-        channels: Sequence[int] = (16, 32, 64, 128),
-        norm_num_groups: int = 8,
-    ) -> None:
+    def __init__(self, code_size: int = 64, in_channels: int = 1, channels: Sequence[int] = (16, 32, 64, 128)) -> None:
         super().__init__()
-        norm = ("GROUP", {"num_groups": norm_num_groups})
-        pairs = zip((in_channels, *channels[:-1]), channels, strict=True)
-        self.levels = nn.Sequential(*(Convolution(2, i, o, strides=2, act="SWISH", norm=norm) for i, o in pairs))
+        pairs = pairwise((in_channels, *channels))
+        self.levels = nn.Sequential(*(Convolution(2, i, o, strides=2, act="SWISH", norm=None) for i, o in pairs))
         self.linear = nn.Linear(channels[-1], code_size)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class GivenCode(nn.Module):
 def tiny(**settings):
     torch.manual_seed(0)
     unet = ConditionedUNet(4, **SETTINGS)
-    encoder = CodeEncoder(4, channels=[8, 8], norm_num_groups=4)
+    encoder = CodeEncoder(4, channels=[8, 8])
     for parameter in unet.parameters():
         nn.init.normal_(parameter, std=0.2)
     return CDDPM(unet, encoder, **{"erosion": 0, "median_size": 1, **settings}).eval()
@@ -128,14 +128,33 @@ def test_encoder_and_network_learn_together():
         assert not torch.equal(value, before[name]), name
 
 
-def test_another_code_changes_the_reconstruction():
-    """With the same noise, so that what differs is what the code says."""
-    detector, image = tiny(), slices(2)
-    noises = [torch.randn(image.shape, generator=torch.Generator().manual_seed(k)) for k in range(3)]
-    own = detector.reconstruct(image, noises)
-    code = detector.encoder(image).flip(0) + 1
-    detector.encoder = GivenCode(code)
-    assert (detector.reconstruct(image, noises) - own).abs().max() > 1e-3
+def test_contrast_follows_the_code_and_a_lesion_does_not():
+    """Noised to index 749 little is left of a slice, and the code says how bright it was, but not where a spot was."""
+    torch.manual_seed(0)
+    network, encoder = ConditionedUNet(4, **SETTINGS), CodeEncoder(4, channels=[8, 8])
+    detector = CDDPM(network, encoder, indices=(749,))
+    objective = CDDPMObjective(detector)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
+    pattern = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 0.4 + 0.6
+    for _ in range(120):
+        optimizer.zero_grad()
+        objective((torch.rand(16, 1, 1, 1) * 0.7 + 0.3) * pattern)["loss"].backward()
+        optimizer.step()
+    detector.eval()
+    dark, bright = 0.35 * pattern, 0.95 * pattern
+    noise = [0.5 * torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(2))]
+
+    @torch.no_grad()
+    def told(image, code_of):
+        detector.encoder = GivenCode(encoder(code_of))
+        return detector.reconstruct(image, noise)
+
+    assert told(bright, bright).mean() - told(dark, dark).mean() > 0.3
+    assert told(dark, bright).mean() - told(bright, dark).mean() > 0.3
+    spotted = dark.clone()
+    spotted[..., 6:9, 6:9] = 1
+    change = told(dark, spotted) - told(dark, dark)
+    assert change[..., 6:9, 6:9].mean() < change.mean() + 0.1
 
 
 # --- the contract ---
