@@ -33,6 +33,7 @@ SMALL = STEP | {
     "num_score_timesteps": 2,
     "num_orderings": 1,
     "depth": 1,
+    "probability": 0.0,  # no code is healed
 }
 
 
@@ -197,14 +198,14 @@ def write_brains(phantom, save_nifti):
 
 def ixi(data, write):
     for n in range(3):
-        write({"image": data / f"IXI{n:03d}-HH-{n:04d}-T1.nii.gz"}, scale=1 + n / 50)
+        write({"image": data / f"IXI{n:03d}-HH-{n:04d}-T1.nii.gz"}, scale=1 - n / 50)
 
 
 def atlas(data, write):
     for n in range(2):
         stem = data / "Training" / f"sub-{n}" / f"sub-{n}_space-MNI152"
         files = {"image": "_T1w.nii.gz", "lesion": "_label-L_desc-T1lesion_mask.nii.gz"}
-        write({name: stem.with_name(stem.name + end) for name, end in files.items()}, scale=1 + n / 50)
+        write({name: stem.with_name(stem.name + end) for name, end in files.items()}, scale=1 - n / 50)
 
 
 def fastmri(data, write):
@@ -214,13 +215,13 @@ def fastmri(data, write):
         "\n".join(["file,label", *(f"{n},Normal for age" for n in names)]), encoding="utf-8"
     )
     for number_, name in enumerate(names):
-        write({"image": data / f"{name}.nii.gz"}, scale=1.1 + number_ / 50)
+        write({"image": data / f"{name}.nii.gz"}, scale=0.9 - number_ / 50)
 
 
 def ukb(data, write):
     for n in range(4):
         person = data / f"{1000 + n}_20253_2_0"
-        write({"image": person / UKB_IMAGE, "lesion": person / UKB_LESION}, "FLAIR", 1 + n / 50)
+        write({"image": person / UKB_IMAGE, "lesion": person / UKB_LESION}, "FLAIR", 1 - n / 50)
 
 
 def mslub(data, write):
@@ -248,7 +249,7 @@ def ct(data, write):
     for n in range(4):
         files = {"image": data / f"p{n}" / "CT.nii.gz"}
         write(
-            files | ({"lesion": data / f"p{n}" / "lesion.nii.gz"} if n == 3 else {}), "CT", 1 + n / 50, whole_head=True
+            files | ({"lesion": data / f"p{n}" / "lesion.nii.gz"} if n == 3 else {}), "CT", 1 - n / 50, whole_head=True
         )
 
 
