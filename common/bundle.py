@@ -218,7 +218,15 @@ def fitting_items(name: str, configs: Sequence[str], items: Mapping[str, Any] | 
     parser = ConfigParser()
     parser.read_config([str(folder_of(name) / "configs" / config) for config in configs])
     given = dict(items) if isinstance(items, Mapping) else dict.fromkeys(items)
-    return {item: value for item, value in given.items() if (item.rpartition("::")[0] or item) in parser}
+    return {item: value for item, value in given.items() if _has_place(parser, item)}
+
+
+def _has_place(parser: ConfigParser, item: str) -> bool:
+    """Whether a config has an item, or the object that it would be a new argument of."""
+    try:
+        return (item.rpartition("::")[0] or item) in parser
+    except ValueError:  # below an item that is no object but refers to one
+        return False
 
 
 def run_training(

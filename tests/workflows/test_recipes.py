@@ -76,6 +76,12 @@ def test_printed_numbers_are_one_a_column(one):
     assert one.sprites or set(one.rows) & set(one.printed)
 
 
+def test_an_argument_of_what_a_stage_refers_to_has_no_place_there():
+    item = "network_def::detector::map_kind"
+    assert fitting_items("mad_ad", ["train.json"], {item: "mask"}) == {item: "mask"}
+    assert fitting_items("mad_ad", ["train.json", "train_autoencoder.json"], {item: "mask"}) == {}
+
+
 def test_hours_are_those_of_all_parts():
     one = recipe("madad-s2")
     assert one.gpu_hours == sum(t.gpu_hours for t in one.trainings.values()) + one.evaluation_gpu_hours > 0
