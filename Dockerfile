@@ -14,8 +14,9 @@ COPY bundles bundles
 RUN pip install -e . && chmod -R a+rX . && uad list
 
 # Not root, and any other user (--user) may run it, one without a name too, for whom MONAI needs one in the environment.
-# What is written outside the working directory is matplotlib's cache.
+# What is written outside the working directory is matplotlib's cache. The allocator keeps what is freed: docs/speed.md.
 ENV MPLCONFIGDIR=/tmp/matplotlib USER=uad
+ENV MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=268435456
 USER 1000
 WORKDIR /data
 ENTRYPOINT ["uad"]

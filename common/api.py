@@ -18,7 +18,8 @@ from nibabel.spatialimages import SpatialImage
 
 from .bundle import check_inference_items, load_workflow
 from .cohorts.cases import case_name
-from .errors import ImageFileError, ImageGeometryError, SettingError
+from .devices import checked_device
+from .errors import ImageFileError, ImageGeometryError
 from .images.check import typed_errors
 from .images.itk_image import from_itk
 from .results.case import Case, as_nifti, case_record, find_lesions, numbered
@@ -57,7 +58,7 @@ class Detector:
         strip: how to find the brain in a scan with the skull on, see `uad detect --strip`.
         register: work in MNI152 space; None for what the bundle wants.
         seed: same seed, same result.
-        device: auto, cpu, cuda, cuda:0, ...
+        device: auto, cpu, cuda, cuda:0, ..., mps
         batch_size: slices at a time; changes memory and speed only.
         settings: items of the bundle's inference.json, such as {"displayable_configs::threshold": 3.0}; text that
             begins with "$" is evaluated.
@@ -79,7 +80,7 @@ class Detector:
     ) -> None:
         check_inference_items(bundle, settings or {})
         given = {
-            "device": None if device == "auto" else _device(device),
+            "device": None if device == "auto" else checked_device(device),
             "weights": None if weights is None else str(Path(weights).resolve()),
             "preprocessing::strip": strip,
             "preprocessing::register": register,
@@ -132,13 +133,14 @@ class Detector:
         self, subject: str, batch: Mapping[str, Any], output: Mapping[str, Any], started: float
     ) -> Detection:
         volumes = {name: output[name] for name in ("anomaly_map", "segmentation", "reconstruction")}
-        case = Case(subject=subject, image=batch["input"], brain=batch["brain"], **volumes)
+        to_mni = np.asarray(batch["to_mni"]) if "to_mni" in batch else None
+        case = Case(subject=subject, image=batch["input"], brain=batch["brain"], **volumes, to_mni=to_mni)
         lesions = find_lesions(case)
         result = self._kept.result(output)
         run = self._kept.run_record(batch, self._runner.evaluator.state.device)
         run["seconds"] = round(time.perf_counter() - started, 3)
         images = {name: as_nifti(volume, case.affine) for name, volume in volumes.items()}
-        record = case_record(subject, result, run, lesions)
+        record = case_record(case, result, run, lesions)
         return Detection(**images, lesions=numbered(lesions), record=record)
 
 
@@ -158,13 +160,6 @@ def detect(
 ) -> Detection:
     """Examine one scan, see `Detector`; for many, load a detector once. Raises UADError."""
     return Detector(bundle, **options)(image, brain=brain, affine=affine, series=series)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise SettingError(name, "is no device", "choose auto, cpu, cuda, cuda:0, ...") from error
 
 
 def _loadable(images: Sequence[Any], affine: np.ndarray | None, series: str | None) -> Any:

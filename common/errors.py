@@ -38,6 +38,11 @@ def settings_said_as(words: Mapping[str, str]) -> Iterator[None]:
         _WORDS.reset(before)
 
 
+def settings_words() -> dict[str, str]:
+    """The words of `settings_said_as` that are in use, for another thread or process."""
+    return dict(_WORDS.get())
+
+
 class UADError(Exception):
     """Base of all errors that a user can act on.
 
@@ -126,3 +131,7 @@ class SettingError(UADError, ValueError):
 
 class BundleError(UADError):
     """The bundle, its weights or its calibration cannot be used."""
+
+
+class ClusterError(UADError):
+    """The cluster that was to do the cases cannot be reached, or was lost."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,22 +18,30 @@ from .errors import OutputError
 
 RECORD = "run.json"
 DESCRIPTION = "dataset_description.json"
+BIDSIGNORE = ".bidsignore"
 GENERATOR = "uad-bundles"  # how BIDS derivatives and reports name what made them
 REPORT = "report.html"
 INPUT_KEYS = ("image", "brain", "lesion")
 OTHER_PLACE = "choose another output folder"
 
-# the outputs of a case of a BIDS dataset, after its entities
+# the outputs of a case of a BIDS dataset, after its entities, the last of which is the method. Of these BIDS has a name
+# for the mask alone. A reconstruction is not named as a scan (`_T1w`): other programs would take it for one.
 BIDS_NAMES = {
-    "anomaly_map.nii.gz": "desc-anomaly_map.nii.gz",
-    "segmentation.nii.gz": "desc-anomaly_mask.nii.gz",
-    "reconstruction.nii.gz": "desc-reconstruction_map.nii.gz",
-    "lesions.csv": "desc-anomaly_lesions.csv",
-    "preview.png": "desc-anomaly_preview.png",
-    "to_mni.tfm": "desc-anomaly_xfm.tfm",
-    RECORD: "desc-anomaly_run.json",
+    "anomaly_map.nii.gz": "map.nii.gz",
+    "segmentation.nii.gz": "mask.nii.gz",
+    "reconstruction.nii.gz": "reconstruction.nii.gz",
+    "lesions.csv": "lesions.csv",
+    "preview.png": "preview.png",
+    "to_mni.tfm": "xfm.tfm",
+    RECORD: RECORD,
 }
 OWN_NAMES = {*BIDS_NAMES, "segmentation.dcm", "anomaly_map.dcm", REPORT}  # of a case in a folder of its own
+# JSON beside the images of a BIDS derivative, which says what they are and what they were made of
+SIDECARS = {
+    name.replace(".nii.gz", ".json"): bids.replace(".nii.gz", ".json")
+    for name, bids in BIDS_NAMES.items()
+    if name.endswith(".nii.gz")
+}
 
 
 def is_safe_name(name: str) -> bool:
@@ -114,7 +123,12 @@ def _is_path(value: object) -> bool:
     return isinstance(value, (str, Path))
 
 
-def case_place(output_dir: Path, item: Mapping[str, Any]) -> tuple[Path, str | None]:
+def bids_label(bundle: str) -> str:
+    """The key of a bundle as a label of BIDS, which has letters and digits only: `anoDdpm` for `ano_ddpm`."""
+    return re.sub("_+(.?)", lambda match: match[1].upper(), bundle)
+
+
+def case_place(output_dir: Path, item: Mapping[str, Any], bundle: str) -> tuple[Path, str | None]:
     """The folder of a case, and None; of a case of a BIDS dataset the folder it shares, and what its names begin with.
 
     Raises OutputError where the name of the case is no name of a folder.
@@ -123,7 +137,7 @@ def case_place(output_dir: Path, item: Mapping[str, Any]) -> tuple[Path, str | N
     if not all(map(is_safe_name, parts)) or (len(parts) > 1 and "derivative" not in item):
         raise OutputError(output_dir, f"the case {item['subject']!r} cannot name a folder", "rename the case")
     path = output_dir.joinpath(*parts)
-    return (path.parent, path.name) if "derivative" in item else (path, None)
+    return (path.parent, f"{path.name}_desc-{bids_label(bundle)}") if "derivative" in item else (path, None)
 
 
 def check_places(
@@ -144,18 +158,21 @@ def check_places(
     Raises OutputError.
     """
     inputs = Inputs([*input_files(items), *others])
+    if len({item["dataset"] for item in items if "dataset" in item}) > 1:
+        remedy = "give one at a time, each with an output folder of its own"
+        raise OutputError(output_dir, "would hold the results of several BIDS datasets", remedy)
     if output_dir.exists() and not output_dir.is_dir():
         raise OutputError(output_dir, "is not a folder", OTHER_PLACE)
     inputs.check(files)
     for item in items:
-        folder, entities = case_place(output_dir, item)
+        folder, entities = case_place(output_dir, item, bundle)
         if entities is None:
             inputs.check([folder])
             check_case_folder(folder, str(item["subject"]), bundle)
         else:
-            written = [folder / f"{entities}_{name}" for name in BIDS_NAMES.values()]
-            inputs.check([output_dir / DESCRIPTION, *written])
-            check_derivative(output_dir, written)
+            written = [folder / f"{entities}_{name}" for name in (*BIDS_NAMES.values(), *SIDECARS.values())]
+            inputs.check([output_dir / DESCRIPTION, output_dir / BIDSIGNORE, *written])
+            check_derivative(output_dir, written, bundle)
 
 
 def check_case_folder(folder: Path, subject: str, bundle: str) -> None:
@@ -173,15 +190,18 @@ def check_case_folder(folder: Path, subject: str, bundle: str) -> None:
         raise OutputError(folder, f"holds a result of {found[1]} for the case {found[0]!r}", OTHER_PLACE)
 
 
-def check_derivative(output_dir: Path, files: Iterable[Path]) -> None:
-    """Raises OutputError where a folder is another BIDS dataset than a derivative of this program."""
+def check_derivative(output_dir: Path, files: Iterable[Path], bundle: str) -> None:
+    """Raises OutputError where a folder is another BIDS dataset than a derivative of this program and bundle."""
     path = output_dir / DESCRIPTION
     if path.exists() or path.is_symlink():
         made_by = (_read_object(path) or {}).get("GeneratedBy")
-        names = [one.get("Name") for one in made_by if isinstance(one, dict)] if isinstance(made_by, list) else []
-        if GENERATOR not in names:
-            remedy = "choose a folder of its own, such as derivatives/uad in the dataset"
+        makers = [one for one in made_by if isinstance(one, dict)] if isinstance(made_by, list) else []
+        ours = [one.get("Description") for one in makers if one.get("Name") == GENERATOR]
+        remedy = f"choose a folder of its own, such as derivatives/uad-{bundle} in the dataset"
+        if not ours:
             raise OutputError(output_dir, "holds another BIDS dataset", remedy)
+        if bundle not in ours:
+            raise OutputError(output_dir, f"holds the results of another bundle, {ours[0]}", remedy)
     elif taken := next((file for file in files if file.exists()), None):
         raise OutputError(taken, f"is there already, in a folder without {DESCRIPTION}", OTHER_PLACE)
 
@@ -198,6 +218,11 @@ def check_result(path: Path, inputs: Iterable[str | Path], *keys: str) -> None:
     """Raises OutputError where a JSON file to be written is an input, or is there without these keys of a result."""
     Inputs(inputs).check([path])
     check_file(path, is_result(path, *keys), "an earlier result")
+
+
+def replicates_path(result: Path) -> Path:
+    """Where the bootstrap replicates of a result are, which are too many to be read beside it."""
+    return result.with_suffix(".replicates.json")
 
 
 def is_result(path: Path, *keys: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -69,13 +69,15 @@ def _load(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> N
         raise BundleError(path, fact, "use those of this bundle and config") from None
 
 
-def load_networks(module: nn.Module, path: str | Path) -> None:
+def load_networks(module: nn.Module, path: str | Path, new: Sequence[str] = ()) -> None:
     """Read the networks alone of a bundle's weights, to train them on: calibration and preparation are not theirs.
 
-    module: its `network_def`. Raises BundleError where the file or its names do not fit.
+    module: its `network_def`. new: parts of its detector that the weights of another method do not have, which stay as
+    they are. Raises BundleError where the file or its names do not fit.
     """
     trained = {name: value for name, value in load_weights(path).items() if name.startswith("detector.")}
-    own = {name: value for name, value in module.state_dict().items() if not name.startswith("detector.")}
+    kept = tuple(f"detector.{part}." for part in new)
+    own = {n: v for n, v in module.state_dict().items() if not n.startswith("detector.") or n.startswith(kept)}
     _load(module, own | trained, path)
 
 

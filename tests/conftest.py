@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import importlib
 import logging
 import os
 import subprocess
@@ -24,6 +25,10 @@ from scipy.spatial.transform import Rotation
 from typer.testing import CliRunner
 
 from common.cli import app
+
+# commands import these when they run; some set environment variables, which is not the doing of a test
+for _name in ("api", "cohorts.kinds", "report.html", "sharing.export", "workflows.benchmark", "workflows.prepare"):
+    importlib.import_module(f"common.{_name}")
 
 RADII_MM = np.array([58.0, 70.0, 52.0])
 

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import common
 from common import bundle
 from common.bundle import BUNDLES_DIR, available_bundles
 from common.cli import app
 from common.cohorts.table import SAMPLE_DIR
 from common.metrics.baselines import QUANTITIES
+from common.report.benchmark_table import cell
 from common.weights import load_weights, sha256
 
 SAMPLE = SAMPLE_DIR / "mni152_lesions_T1.nii.gz"
@@ -68,12 +70,17 @@ def test_detect_writes_six_files(tmp_path):
 def test_evaluate_writes_the_metrics(cohort, tmp_path):
     done = uad("evaluate", cohort, "-m", "dae", "-o", tmp_path / "result.json", "--seed", "3")
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "result.replicates.json"]
+    text = (tmp_path / "result.json").read_text(encoding="utf-8")
+    result = json.loads(text)
+    assert next(iter(result)) == "auprc"
+    assert "replicates" not in text
+    assert f"AUPRC {cell(result['auprc'])}" in " ".join(done.stdout.split())
+    assert done.stderr.splitlines()[-1].startswith("2 of 2 cases")
     for values in (result, *result["baselines"].values()):
         assert set(values) >= METRICS
         for metric in METRICS - {"psnr", "ssim", "dice_at_threshold", "healthy_fp_share"}:
-            assert set(values[metric]) == {"value", "ci95"}
+            assert {*values[metric]} - {"few_subjects"} == {"value", "ci95"}
             assert 0 <= values[metric]["value"] <= 1
         assert (values["n_subjects"], values["n_lesion_subjects"]) == (2, 1)
         assert values["n_lesion_slices"] > 0
@@ -82,6 +89,36 @@ def test_evaluate_writes_the_metrics(cohort, tmp_path):
     assert result["seed"] == 3
     assert result["weights_sha256"] == sha256(BUNDLES_DIR / "dae" / "models" / "model.pt")
     assert {"torch", "monai", "uad-bundles"} <= set(result["versions"])
+
+
+AT_ONCE = """
+import sys
+from typer.testing import CliRunner
+import common
+from common.cli import app
+
+for arguments in (["--help"], ["detect", "--help"], ["list"], ["list", "--json"]):
+    assert CliRunner().invoke(app, arguments).exit_code == 0, arguments
+print(*{"torch", "monai", "numpy", "scipy", "nibabel", "SimpleITK"} & sys.modules.keys())
+common.detect, common.load_detector
+assert "torch" in sys.modules
+"""
+
+
+def test_help_and_list_import_neither_torch_nor_monai():
+    done = subprocess.run([sys.executable, "-c", AT_ONCE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
+def test_version_is_that_of_the_package():
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"uad {common.__version__}\n")
+
+
+def test_a_shell_completes_the_keys_of_bundles():
+    typed = {"_UAD_COMPLETE": "complete_bash", "COMP_WORDS": "uad detect -m vae", "COMP_CWORD": "3"}
+    done = CliRunner().invoke(app, [], env=typed, prog_name="uad")
+    assert done.stdout.split() == [key for key in available_bundles() if key.startswith("vae")]
 
 
 def test_list_is_what_the_metadata_say():
@@ -94,8 +131,8 @@ def test_list_is_what_the_metadata_say():
 
 
 def test_prepare_and_train(cohort, tmp_path, monkeypatch):
-    """The stages of a bundle one after the other, shortened, from a cohort that was prepared."""
-    prepared, runs = tmp_path / "prepared", tmp_path / "runs"
+    """The stages of a bundle one after the other, shortened, from a cohort that was prepared; slices on disk."""
+    prepared, runs, cache = tmp_path / "prepared", tmp_path / "runs", tmp_path / "cache"
     done = uad("prepare", cohort, "-o", prepared)
     assert done.returncode == 0, done.stderr
     short = {"max_epochs": 1, "epoch_length": 2, "batch_size": 2}
@@ -107,12 +144,14 @@ def test_prepare_and_train(cohort, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "load_workflow", shortened)
     monkeypatch.setattr(sys, "path", [*sys.path])  # MONAI adds the bundle's folder
     for _ in range(2):
-        result = CliRunner().invoke(app, ["train", "mad_ad", str(prepared / "cohort.csv"), "-o", str(runs)])
+        command = ["train", "mad_ad", prepared / "cohort.csv", "-o", runs, "--cache", cache, "--processes", 2]
+        result = CliRunner().invoke(app, [str(part) for part in command])
         assert result.exit_code == 0, result.output
         assert "trained and calibrated" in result.output
         assert not np.isnan(load_weights(runs / "model.pt")["calibration.threshold"])
         written = (runs / "model_autoencoder.pt").stat().st_mtime_ns
     assert (runs / "model_autoencoder.pt").stat().st_mtime_ns == written
+    assert len(list(cache.iterdir())) == 2  # a subject to train and one to validate, for both stages
     scan = cohort.parent / "d.nii.gz"
     done = uad(
         "detect", scan, "-m", "mad_ad", "-o", tmp_path / "out", "--weights", runs / "model.pt", "--device", "cpu"

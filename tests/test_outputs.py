@@ -17,7 +17,7 @@ from common.bundle import BUNDLES_DIR, run_inference
 from common.cli import app
 from common.cohorts.kinds import KINDS
 from common.errors import OutputError, UADError
-from common.outputs import Inputs, case_place, check_case_folder, is_safe_name, put_in_place
+from common.outputs import Inputs, case_place, check_case_folder, check_places, is_safe_name, put_in_place
 from common.sharing import archive
 from common.sharing.archive import write_bundle
 from common.workflows.training_handlers import SaveWeights
@@ -218,6 +218,14 @@ def test_evaluate(result, root, unloaded):
     refused("evaluate", "cohort/cohort.csv", "-m", "dae", "-o", result, "--weights", "flat/w/model.pt")
 
 
+def test_evaluate_beside_what_would_be_lost(unloaded, root, tmp_path):
+    """The bootstrap replicates of a result are a file of their own."""
+    (tmp_path / "result.replicates.json").write_text("{}", encoding="utf-8")
+    assert "result.replicates.json" in refused(
+        "evaluate", "cohort/cohort.csv", "-m", "dae", "-o", tmp_path / "result.json"
+    )
+
+
 @pytest.mark.parametrize("result", ["cohort/cohort.csv", "cohort/s3/T1.nii.gz", "flat/w/model.pt", "other"])
 def test_evaluation_that_monai_runs(result, root):
     paths = {"cohort": "cohort/cohort.csv", "result": result, "weights": str(root / "flat" / "w" / "model.pt")}
@@ -280,7 +288,6 @@ def test_export_into_the_bundle(output_format, place, tmp_path, monkeypatch):
     before = digests(tmp_path)
     for module in (bundle, archive):
         monkeypatch.setattr(module, "BUNDLES_DIR", tmp_path, raising=False)
-    monkeypatch.setattr("common.cli.available_bundles", lambda: ["dae"])
     message = refused("export", "dae", "-o", tmp_path / "dae" / place, "--format", output_format)
     assert "lies in the input" in message
     assert digests(tmp_path) == before
@@ -291,7 +298,7 @@ def test_import_of_a_folder_around_the_bundles(tmp_path, monkeypatch):
     files = {"configs/metadata.json": json.dumps({"name": "small"}).encode()}
     write_bundle("small", files, tmp_path)
     before = digests(tmp_path)
-    monkeypatch.setattr("common.cli.BUNDLES_DIR", tmp_path / "small" / "bundles")
+    monkeypatch.setenv("UAD_BUNDLES", str(tmp_path / "small" / "bundles"))
     assert "lies in the input" in refused("import", tmp_path / "small")
     assert digests(tmp_path) == before
 
@@ -350,16 +357,36 @@ def test_a_name_that_is_not_utf8(phantom, save_nifti, tmp_path):
 def test_safe_names(name, is_safe, tmp_path):
     assert is_safe_name(name) is is_safe
     if is_safe:
-        assert case_place(tmp_path, {"subject": name}) == (tmp_path / name, None)
+        assert case_place(tmp_path, {"subject": name}, "dae") == (tmp_path / name, None)
     else:
         with pytest.raises(OutputError, match="cannot name a folder"):
-            case_place(tmp_path, {"subject": name})
+            case_place(tmp_path, {"subject": name}, "dae")
 
 
 @pytest.mark.parametrize("derivative", ["../sub-01", "sub-01/../../x", "/sub-01/x", "sub-01//x"])
 def test_derivatives_stay_in_their_dataset(derivative, tmp_path):
     with pytest.raises(OutputError, match="cannot name a folder"):
-        case_place(tmp_path, {"subject": "x", "derivative": derivative})
+        case_place(tmp_path, {"subject": "x", "derivative": derivative}, "dae")
+
+
+@pytest.mark.parametrize(
+    ("bundle", "name"),
+    [("dae", "sub-01_desc-dae"), ("ano_ddpm", "sub-01_desc-anoDdpm"), ("a__b_2_", "sub-01_desc-aB2")],
+)
+def test_name_of_a_derivative_says_the_method(bundle, name, tmp_path):
+    item = {"subject": "x", "derivative": "sub-01/anat/sub-01"}
+    assert case_place(tmp_path, item, bundle) == (tmp_path / "sub-01" / "anat", name)
+
+
+def test_derivative_is_of_one_bundle_and_one_dataset(tmp_path):
+    made_by = [{"Name": "uad-bundles", "Description": "vae"}]
+    (tmp_path / "dataset_description.json").write_text(json.dumps({"GeneratedBy": made_by}), encoding="utf-8")
+    item = {"subject": "sub-01", "image": "a.nii.gz", "derivative": "sub-01/anat/sub-01", "dataset": "a"}
+    check_places(tmp_path, [item], "vae")
+    with pytest.raises(OutputError, match=r"of another bundle, vae; .* derivatives/uad-dae in"):
+        check_places(tmp_path, [item], "dae")
+    with pytest.raises(OutputError, match="several BIDS datasets"):
+        check_places(tmp_path, [item, item | {"dataset": "b"}], "vae")
 
 
 def test_inputs_by_hard_link_and_letter_case(tmp_path):

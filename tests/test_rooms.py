@@ -9,9 +9,10 @@ import common
 
 ROOT = Path(common.__file__).parent
 ORDER = (  # from the lowest to the highest
-    *("__init__", "errors", "files", "outputs", "type_check", "recorded", "locks", "images", "weights", "networks"),
+    *("__init__", "errors", "progress", "devices", "files", "outputs", "type_check", "recorded", "locks", "images"),
+    *("weights", "networks"),
     *("diffusion", "detection", "methods", "transforms", "cohorts", "metrics", "results", "report", "bundle"),
-    *("workflows", "sharing", "api", "cli", "__main__"),
+    *("workflows", "sharing", "api", "options", "papers", "bids_app", "console", "cli_bundles", "cli", "__main__"),
 )
 
 

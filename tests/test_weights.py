@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from common.errors import BundleError
-from common.weights import load_weights, save_weights, sha256, weights_sha256
+from common.weights import load_networks, load_weights, save_weights, sha256, weights_sha256
 
 
 def state_dict():
@@ -123,6 +124,27 @@ def test_other_content_is_refused(tmp_path, value):
     torch.save(value, tmp_path / "model.pt")
     with pytest.raises(BundleError, match="no state dict of tensors"):
         load_weights(tmp_path / "model.pt")
+
+
+class Bundle(nn.Module):
+    """A detector of one or two networks, and a number of the calibration."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.detector = nn.ModuleDict({part: nn.Linear(2, 2) for part in ("unet", *parts)})
+        self.register_buffer("threshold", torch.rand(()))
+
+
+def test_networks_of_another_method_leave_new_parts_as_they_are(tmp_path):
+    old, new = Bundle(), Bundle("encoder")
+    save_weights(old.state_dict(), tmp_path / "model.pt")
+    before = {name: value.clone() for name, value in new.state_dict().items()}
+    with pytest.raises(BundleError, match="encoder"):
+        load_networks(new, tmp_path / "model.pt")
+    load_networks(new, tmp_path / "model.pt", new=["encoder"])
+    for name, value in new.state_dict().items():
+        expected = old.state_dict()[name].half().float() if ".unet." in name else before[name]
+        assert torch.equal(value, expected), name
 
 
 def test_digest_is_of_the_weights_that_are_read(weights, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,11 +11,16 @@ from pathlib import Path
 from .. import __version__
 from ..errors import CohortError
 from ..files import replacing
-from ..outputs import DESCRIPTION, GENERATOR
+from ..outputs import BIDS_NAMES, BIDSIGNORE, DESCRIPTION, GENERATOR, REPORT, SIDECARS
 
 ENTITY = re.compile("[a-zA-Z]+-[a-zA-Z0-9+]+")
 # suffix of each modality, and whether its file names tell of a contrast agent (entity `ce`)
 MODALITIES = {"T1": ("T1w", False), "T1CE": ("T1w", True), "T2": ("T2w", False), "FLAIR": ("FLAIR", False)}
+VERSION = "1.10.0"
+SOURCE = "source"  # how the derivative calls the dataset of the scans
+OF_THE_STANDARD = ("segmentation.nii.gz", "segmentation.json")
+NO_NAME = [f"*_{name}" for own, name in (BIDS_NAMES | SIDECARS).items() if own not in OF_THE_STANDARD]
+IGNORED = [*NO_NAME, "status*.tsv", "cases.csv", "lesions_all.csv", REPORT, ".*"]
 
 
 def is_bids(folder: Path) -> bool:
@@ -22,11 +28,19 @@ def is_bids(folder: Path) -> bool:
     return (folder / DESCRIPTION).is_file() and any(folder.glob("sub-*"))
 
 
+def check_dataset(folder: Path) -> None:
+    """Raises CohortError where a folder is not the root of a dataset."""
+    if not is_bids(folder):
+        fact = f"no BIDS dataset ({DESCRIPTION} and folders sub-... in it)"
+        raise CohortError(folder, fact, "give the folder that holds both")
+
+
 def find_scans(root: Path, modalities: Sequence[str], participants: Sequence[str] = ()) -> list[dict[str, object]]:
     """A datalist: for one modality every scan of it, for several one item a session.
 
     `derivative` is where the results of an item belong in a derivative dataset, a path to be continued with
-    `_desc-....`. A session without one of several modalities is an item whose image will not be found.
+    `_desc-....`; `dataset` is the root, and `sources` are the BIDS URIs of the images. A session without one of several
+    modalities is an item whose image will not be found.
     Of complex images only the magnitude is a scan: entity `part` is `mag` or not there.
     Raises CohortError where a participant or all scans are missing, a session has two scans of a modality, two scans
     differ in their description (entity `desc`) alone, or a file's name is no BIDS name of its folder.
@@ -95,19 +109,52 @@ def _scans(root: Path, anat: Path, modality: str) -> dict[Path, dict[str, str]]:
 
 
 def _item(root: Path, anat: Path, entities: str, image: str | list[str]) -> dict[str, object]:
-    return {"subject": entities, "image": image, "derivative": (anat.relative_to(root) / entities).as_posix()}
+    place = anat.relative_to(root)
+    names = [Path(path).name for path in ([image] if isinstance(image, str) else image)]
+    return {
+        "subject": entities,
+        "image": image,
+        "derivative": (place / entities).as_posix(),
+        "dataset": str(root),
+        "sources": [f"bids:{SOURCE}:{(place / name).as_posix()}" for name in names],
+    }
 
 
-def write_description(folder: Path, bundle: str) -> None:
-    """Write `dataset_description.json` of a derivative dataset, made by a bundle, if there is none yet."""
-    path = folder / DESCRIPTION
-    if path.exists():
-        return
+def write_description(folder: Path, bundle: str, dataset: str) -> None:
+    """Write `dataset_description.json` and `.bidsignore` of a derivative dataset, made by a bundle, if not there yet.
+
+    dataset: the root of the scans; by a relative path where `folder` lies in it, so that both may be moved together.
+    """
+    here, root = folder.resolve(), Path(dataset).resolve()
+    inside = root in here.parents
     description = {
         "Name": f"Anomaly detection with {bundle}",
-        "BIDSVersion": "1.10.0",
+        "BIDSVersion": VERSION,
         "DatasetType": "derivative",
         "GeneratedBy": [{"Name": GENERATOR, "Version": __version__, "Description": bundle}],
+        "DatasetLinks": {SOURCE: os.path.relpath(root, here) if inside else root.as_uri()},
     }
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    _write_once(folder / DESCRIPTION, json.dumps(description, indent=2))
+    _write_once(folder / BIDSIGNORE, "\n".join(IGNORED))
+
+
+def _write_once(path: Path, text: str) -> None:
+    if not path.exists():
+        with replacing(path) as temporary:
+            temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def describe_outputs(bundle: str, sources: Sequence[str]) -> dict[str, dict[str, object]]:
+    """The sidecars of a case, by the names of `SIDECARS`.
+
+    sources: BIDS URIs of the images, the first of which has the grid.
+    """
+    words = {
+        "anomaly_map": f"Anomaly map of {bundle}: higher is more abnormal, 0 outside of what was looked at",
+        "segmentation": f"Where the anomaly map of {bundle} is above its threshold, without specks",
+        "reconstruction": f"Pseudo-healthy image that {bundle} made of the scan, in its units: not a scan",
+    }
+    shared: dict[str, object] = {"Sources": list(sources), "SpatialReference": sources[0]}
+    shared |= {"Resolution": "That of the scan"} if "_res-" in sources[0] else {}  # BIDS wants a word for this entity
+    described = {f"{name}.json": {"Description": said, **shared} for name, said in words.items()}
+    return described | {"segmentation.json": {"Type": "Lesion", **described["segmentation.json"]}}

@@ -25,8 +25,8 @@ def find_cases(
     """A datalist of `subject` (names the case), `image` (path, or one a modality) and what was given with it.
 
     Args:
-        image: one or several of: an image file; a folder of image files; the folder of a DICOM series; the root of a
-            BIDS dataset; a cohort CSV. No image is opened here.
+        image: one or several of: an image file; a folder of image files; the folder, or a zip archive, of a DICOM
+            series; the root of a BIDS dataset; a cohort CSV. No image is opened here.
         modalities: of the bundle, in their order. Several need a BIDS dataset, a cohort CSV, or one file each in this
             order, which are one case, named like the first without its modality.
         brain: mask of the brain, for a single image.
@@ -92,5 +92,5 @@ def case_name(path: str | Path) -> str:
     """
     name = Path(path).name
     name = safe_characters(Path(path).resolve().name if name in ("", "..") else name)
-    suffix = max((s for s in (*IMAGE_SUFFIXES, ".dcm") if name.lower().endswith(s)), key=len, default="")
+    suffix = max((s for s in (*IMAGE_SUFFIXES, ".dcm", ".zip") if name.lower().endswith(s)), key=len, default="")
     return name[: len(name) - len(suffix)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,26 +23,34 @@ from .table import write_cohort
 SPLIT = Path(__file__).with_name("glioma_split.csv")
 SEED = 0
 SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
+# Wolleb et al. 2024 test on 1,743 slices, about 36 patients of 49 slices, and train on 5,598 healthy ones, as many as
+# about 286 patients have; whom they took is not published
+BRATS2020_SHARES = {"train": 286 / 369, "val": 47 / 369, "test": 36 / 369}
+BRATS2021_SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 
 @dataclass(frozen=True)
 class Layout:
     """Modalities as files name them, the axial slices used, and how close to a tumour a slice is not healthy.
 
-    Where there is a recorded split, patients that it does not name test; else all are split at random.
+    Where there is a recorded split, patients that it does not name test; else all are split at random, by `shares`.
     """
 
     modalities: dict[str, str]
     slices: slice
     margin: int
     split: Path | None = None
+    shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
 
 
+BRATS = {"T1": "t1", "T1CE": "t1ce", "T2": "t2", "FLAIR": "flair"}
 LAYOUTS = {
     # thick slices: beside the last that is marked the tumour goes on
     "tcga_lgg": Layout({"T1": "T1", "FLAIR": "FLAIR", "T1CE": "T1CE"}, slice(None), 1, SPLIT),
     # Wolleb et al. 2024: slices 80 to 128, the order of the channels that their images show
-    "brats2020": Layout({"T1": "t1", "T1CE": "t1ce", "T2": "t2", "FLAIR": "flair"}, slice(80, 129), 0),
+    "brats2020": Layout(BRATS, slice(80, 129), 0, shares=BRATS2020_SHARES),
+    # Liang et al. 2024, and Beizaee et al. 2025 after them: slices 70 to 89, 80:10:10
+    "brats2021": Layout(BRATS, slice(70, 90), 0, shares=BRATS2021_SHARES),
 }
 
 
@@ -50,6 +59,7 @@ class LayoutName(StrEnum):
 
     TCGA_LGG = "tcga_lgg"
     BRATS2020 = "brats2020"
+    BRATS2021 = "brats2021"
 
 
 def make_glioma(
@@ -57,7 +67,10 @@ def make_glioma(
     output: Output,
     layout: Annotated[LayoutName, typer.Option(help="In one folder, or a folder each as BraTS unpacks.")],
 ) -> None:
-    """Patients of <patient>_<modality>.nii.gz and <patient>_seg.nii.gz, split 60:15:25.
+    """Patients of <patient>_<modality>.nii.gz and <patient>_seg.nii.gz, split as the papers that use them say.
+
+    BraTS 2020: slices 80 to 128, 286:47:36 of 369 patients; BraTS 2021: slices 70 to 89, 80:10:10; TCGA-LGG: all
+    slices, 60:15:25 as recorded.
 
     Of those that train, only the slices without tumour are kept, as a stack without lesion; those that validate have
     such a stack, <patient>_healthy, and the volume with its lesion; those that test the volume. Patients of whom one
@@ -66,10 +79,12 @@ def make_glioma(
     kind = LAYOUTS[layout.value]
     patients = [p for p in find_patients(data_dir) if not has_copies([load(p, m) for m in kind.modalities.values()])]
     if not patients:
-        raise CohortError(data_dir, "no <patient>_seg.nii.gz of other images", "see docs/data.md for the data sets")
+        names = ", ".join(f"<patient>_{name}.nii.gz" for name in kind.modalities.values())
+        fact = "no <patient>_seg.nii.gz of other images"
+        raise CohortError(data_dir, fact, f"the layout {layout.value} has {names} beside it, see docs/data.md")
     output.mkdir(parents=True, exist_ok=True)
     rows = []
-    for split, members in (recorded(patients, kind.split) if kind.split else at_random(patients)).items():
+    for split, members in (recorded(patients, kind.split) if kind.split else at_random(patients, kind.shares)).items():
         for patient in members:
             images = {name: load(patient, file)[..., kind.slices] for name, file in kind.modalities.items()}
             tumour = load(patient, "seg")[..., kind.slices] > 0
@@ -112,11 +127,11 @@ def recorded(patients: list[Path], path: Path) -> dict[str, list[Path]]:
     return {part: [p for p in patients if split.get(p.name, "test") == part] for part in SHARES}
 
 
-def at_random(patients: list[Path]) -> dict[str, list[Path]]:
-    """Patients of each split in the shares of the recorded one."""
+def at_random(patients: list[Path], shares: Mapping[str, float]) -> dict[str, list[Path]]:
+    """Patients of each split by its share, at least one to validate and to test where there are three."""
     order = np.random.default_rng(SEED).permutation(len(patients))
-    ends = np.round(np.cumsum(list(SHARES.values())) * len(patients)).astype(int)
-    parts = np.split(order, ends[:-1])
+    val, test = (max(1, round(shares[split] * len(patients))) for split in ("val", "test"))
+    parts = np.split(order, [max(0, len(patients) - val - test), max(0, len(patients) - test)])
     return {split: [patients[i] for i in sorted(part)] for split, part in zip(SHARES, parts, strict=True)}
 
 

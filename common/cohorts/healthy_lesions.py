@@ -6,6 +6,7 @@ The lesions are for evaluation only: training rows are untouched.
 from __future__ import annotations
 
 import csv
+import operator
 import os
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -17,11 +18,11 @@ from typing import Annotated, Any
 import nibabel as nib
 import numpy as np
 import typer
-from tqdm import tqdm
 
 from ..errors import CohortError
 from ..files import replacing
 from ..outputs import Inputs
+from ..progress import Progress
 from ..transforms.brain import BrainMaskd
 from ..transforms.intensity import CorrectBiasFieldd
 from ..transforms.load import LoadImageCheckedd, read_affine
@@ -110,15 +111,16 @@ def lesion_cohort(site: Site) -> Callable[..., None]:
         masks = {kind: find_masks(kind, given[kind], min_ml) if kind in MNI_KINDS else [] for kind in lesions}
         output.mkdir(parents=True, exist_ok=True)
         rows = []
-        for subject, split, path in tqdm(subjects, unit="subject", disable=None):
-            image = os.path.relpath(path, output)
-            row = {"subject": subject, "split": split, "site": site.name, "T1": image, "brain": "", "lesion": ""}
-            if strip is not None:
-                row["brain"] = write_brain(path, output / f"{subject}_brain.nii.gz", strip)
-            rows.append(row)
-            if split == insert_into:
-                made = insert(path, output, row["brain"], subject, masks, seed)
-                rows += [{**row, "subject": f"{subject}-{kind}", **files} for kind, files in made.items()]
+        with Progress(len(subjects), "subject") as progress:
+            for subject, split, path in progress.each(subjects, operator.itemgetter(0)):
+                image = os.path.relpath(path, output)
+                row = {"subject": subject, "split": split, "site": site.name, "T1": image, "brain": "", "lesion": ""}
+                if strip is not None:
+                    row["brain"] = write_brain(path, output / f"{subject}_brain.nii.gz", strip)
+                rows.append(row)
+                if split == insert_into:
+                    made = insert(path, output, row["brain"], subject, masks, seed)
+                    rows += [{**row, "subject": f"{subject}-{kind}", **files} for kind, files in made.items()]
         write_cohort(output / "cohort.csv", ["T1"], rows)
 
     make.__doc__ = f"""{site.title} T1 ({site.examples}) with simulated lesions.

@@ -14,6 +14,7 @@ from typing import Any
 from ..outputs import Inputs
 from .glioma import make_glioma
 from .headct_sprites import make_headct_sprites
+from .healthy import make_healthy
 from .healthy_lesions import IXI, NOVOSIBIRSK, lesion_cohort
 from .oct import make_oct
 from .patients import make_patients
@@ -41,6 +42,7 @@ KINDS: dict[str, Callable[..., None]] = {
     "ixi-lesions": _reading_only(lesion_cohort(IXI)),
     "novosibirsk-lesions": _reading_only(lesion_cohort(NOVOSIBIRSK)),
     "glioma": _reading_only(make_glioma),
+    "healthy": _reading_only(make_healthy),
     "headct-sprites": _reading_only(make_headct_sprites),
     "oct": _reading_only(make_oct),
     "patients": _reading_only(make_patients),

@@ -61,7 +61,9 @@ def make_patients(
     where = LAYOUTS[layout.value]
     masks = sorted(data_dir.glob(where.glob))
     if not masks:
-        raise CohortError(data_dir, f"no {where.glob}", "see docs/data.md", layout="ANOTHER")
+        fact = f"no lesion masks {where.glob.removeprefix('**/')}"
+        advice = f"the layout {layout.value} has {', '.join(where.modalities)} beside each, see docs/data.md"
+        raise CohortError(data_dir, fact, advice, layout="ANOTHER")
     rows = []
     for mask in masks:
         named = {**where.modalities, **({"brain": where.brain} if where.brain else {})}

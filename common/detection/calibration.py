@@ -123,3 +123,20 @@ def origin_in_words(origin: Mapping[str, Any]) -> str:
     if "interval" in origin:
         words += ", 95 % interval {:.3g} to {:.3g}".format(*origin["interval"])
     return words
+
+
+def percentile_in_words(record: Mapping[str, Any], short: bool = False) -> str:
+    """Where the score of a record (run.json) lies among the healthy subjects of the calibration, for people.
+
+    Even above all of them it says no more than that: they are few, and another healthy subject may score higher.
+    """
+    percentile = record.get("volume_score_percentile")
+    if percentile is None:
+        return "-" if short else "not compared with healthy subjects"
+    share = "all" if percentile >= 100 else f"{percentile:.0f} % of the"
+    subjects = (record.get("threshold_origin") or {}).get("subjects")
+    compared = f"{share} healthy" if subjects is None else f"{share} {subjects} healthy"
+    if short:
+        return compared
+    caution = "; another healthy subject may score higher" if percentile >= 100 else ""
+    return f"higher than in {compared} subjects of the calibration{caution}"

@@ -16,9 +16,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from ..errors import SettingError
+from ..images.background import Box, box_of
 from ..recorded import Recorded
-
-Box = tuple[slice, ...]
 
 BRAIN_SHAPE = (73, 91, 78)  # voxels of 2 mm of the box around the brain of MNI152 (`transforms.registration.template`)
 ATLAS_SHAPE = (37, 46, 39)  # the same box at 4 mm, in which the atlas is kept
@@ -172,16 +171,6 @@ def robust_z(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, float]
     centre = np.median(values[inside])
     scale = max(float(np.median(np.abs(values[inside] - centre))), EPSILON)
     return np.where(inside, (values - centre) / np.float32(scale), 0).astype(np.float32), scale
-
-
-def box_of(inside: np.ndarray) -> Box:
-    """The smallest box around what is inside, (H, W, D). Raises ValueError where nothing is."""
-    if not inside.any():
-        raise ValueError("the foreground is empty: there is no brain to compare")
-    return tuple(
-        slice(int(np.flatnonzero(line)[0]), int(np.flatnonzero(line)[-1]) + 1)
-        for line in (inside.any(axis=axes) for axes in ((1, 2), (0, 2), (0, 1)))
-    )
 
 
 def box_of_channels(foreground: Tensor) -> Box:

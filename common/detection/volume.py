@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,8 +13,10 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from ..errors import BundleError, SettingError
+from ..progress import inside
 from ..recorded import Recorded
 from .calibration import Calibration
+from .mahalanobis import mahalanobis_map
 from .method import AnomalyDetector, foreground_of, seeded_generators
 from .normalisation import WithinSubjectNormalisation
 
@@ -33,6 +35,9 @@ class VolumeDetector(Recorded, nn.Module):
         seed: with the index of a slice, the only source of randomness.
         num_seeds: the map is the mean over as many seeds, the first of which is `seed`; of use to random methods only.
         mirror: the result for the mirrored slices (the first of their axes, left and right in RAS) is averaged in.
+        combine: the map of several seeds: "maps", their mean; "mahalanobis", the distance to their reconstructions by
+            the covariance of these, see `mahalanobis_map`: instead of the method's own map, so without its median.
+        regularisation: of "mahalanobis"; 0.01 as published, with 10 seeds.
         smoothing_vox: Gaussian smoothing of the map in three dimensions, in voxels, within the foreground; 0 for none.
         normalisation: what `Postprocessing` does to the map next; its atlas travels with the weights.
 
@@ -54,6 +59,8 @@ class VolumeDetector(Recorded, nn.Module):
         seed: int = 0,
         num_seeds: int = 1,
         mirror: bool = False,
+        combine: Literal["maps", "mahalanobis"] = "maps",
+        regularisation: float = 0.01,
         smoothing_vox: float = 0.0,
         normalisation: WithinSubjectNormalisation | None = None,
     ) -> None:
@@ -61,12 +68,17 @@ class VolumeDetector(Recorded, nn.Module):
         if num_seeds < 1 or smoothing_vox < 0:
             fact = f"num_seeds = {num_seeds}, smoothing_vox = {smoothing_vox}"
             raise SettingError("VolumeDetector", fact, "choose at least one seed, and a smoothing of 0 or more")
+        if combine == "mahalanobis" and (num_seeds < 2 or regularisation <= 0):
+            fact = f"num_seeds = {num_seeds}, regularisation = {regularisation} with mahalanobis"
+            raise SettingError("VolumeDetector", fact, "choose at least two seeds, and a regularisation above 0")
         self.detector = detector
         self.axis = axis
         self.batch_size = batch_size
         self.seed = seed
         self.num_seeds = num_seeds
         self.mirror = mirror
+        self.combine = combine
+        self.regularisation = regularisation
         self.smoothing_vox = smoothing_vox
         self.normalisation = normalisation
         self.calibration = Calibration()
@@ -83,7 +95,7 @@ class VolumeDetector(Recorded, nn.Module):
         slices = image.movedim(self.axis + 2, 1).flatten(0, 1)
         result = slices.new_zeros(len(slices), 1 + slices.shape[1], *slices.shape[2:])
         scores = torch.full((len(slices),), torch.nan, device=slices.device)
-        for batch in self._batches(slices):
+        for batch in inside(self._batches(slices)):
             result[batch], found = self._detect(slices[batch], batch % count)
             if found is not None:
                 scores[batch] = found
@@ -104,7 +116,7 @@ class VolumeDetector(Recorded, nn.Module):
         count = image.shape[self.axis + 2]
         slices = image.movedim(self.axis + 2, 1).flatten(0, 1)
         scores = torch.full((len(slices),), torch.nan, device=slices.device)
-        for batch in self._batches(slices):
+        for batch in inside(self._batches(slices), "slices scored"):
             views = self._views(slices[batch], batch % count)
             found = (self.detector.score(x, foreground_of(x), seeded_generators(seeds)) for x, seeds, _ in views)
             scores[batch] = _mean([score for score in found if score is not None])
@@ -125,15 +137,21 @@ class VolumeDetector(Recorded, nn.Module):
                 yield F.pad(seen, (0, -width % divisor, 0, -height % divisor)), slice_seeds(seed, positions), mirrored
 
     def _detect(self, slices: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Map and reconstruction in one, and the scores that come with them: means over the views."""
+        """Map and reconstruction in one, and the scores that come with them: combined over the views."""
         height, width = slices.shape[2:]
-        total, count, scores = torch.zeros(()), 0, []
+        total, count, scores, reconstructions = torch.zeros(()), 0, [], []
         for padded, seeds, mirrored in self._views(slices, positions):
             found = self.detector.detect(padded, seeds=seeds)
             pair = torch.cat([found.anomaly_map, found.reconstruction], dim=1)[..., :height, :width]
-            total, count = total + (pair.flip(2) if mirrored else pair), count + 1
+            pair = pair.flip(2) if mirrored else pair
+            total, count = total + pair, count + 1
             scores += [] if found.score is None else [found.score]
-        return total / count, _mean(scores) if scores else None
+            reconstructions += [pair[:, 1:]] if self.combine == "mahalanobis" else []
+        result = total / count
+        if reconstructions:
+            draws, foreground = torch.stack(reconstructions), foreground_of(slices)
+            result[:, :1] = mahalanobis_map(slices, draws, foreground, self.regularisation)
+        return result, _mean(scores) if scores else None
 
 
 def _mean(scores: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
+Box = tuple[slice, ...]
+
 BINS = 1000
 SAMPLE = 500_000  # voxels of which the commonest value is looked for
 DEEP_VOXELS = 3  # from the rim, where splines overshoot
@@ -34,7 +36,12 @@ def _background(channel: np.ndarray) -> np.float64:
 
 def filled_in(image: np.ndarray, around: np.ndarray) -> np.ndarray:
     """(C, H, W, D) -> (H, W, D) bool: voxels of exactly the background in every channel, from the border inwards."""
-    labels, count = ndimage.label((image == around).all(axis=0))
+    return joined_to_border((image == around).all(axis=0))
+
+
+def joined_to_border(mask: np.ndarray) -> np.ndarray:
+    """(H, W, D) bool -> bool: what hangs together, by the faces of voxels, with the border; the rest lies in holes."""
+    labels, count = ndimage.label(mask)
     faces = [labels.take(side, axis) for axis in range(3) for side in (0, -1)]
     at_border = np.zeros(count + 1, dtype=bool)
     at_border[np.unique(np.concatenate([face.ravel() for face in faces]))] = True
@@ -46,8 +53,18 @@ def field_of_view(image: np.ndarray, around: np.ndarray) -> np.ndarray:
     """(C, H, W, D) -> (H, W, D) bool: the box outside of which every voxel is exactly the background."""
     seen = (image != around).any(axis=0)
     box = np.zeros(seen.shape, dtype=bool)
-    box[ndimage.find_objects(seen.astype(np.uint8))[0]] = True
+    box[box_of(seen)] = True
     return box
+
+
+def box_of(inside: np.ndarray) -> Box:
+    """The smallest box around what is inside, (H, W, D). Raises ValueError where nothing is."""
+    if not inside.any():
+        raise ValueError("the foreground is empty: there is no brain to compare")
+    return tuple(
+        slice(int(np.flatnonzero(line)[0]), int(np.flatnonzero(line)[-1]) + 1)
+        for line in (inside.any(axis=axes) for axes in ((1, 2), (0, 2), (0, 1)))
+    )
 
 
 def is_negative(values: np.ndarray, mask: np.ndarray) -> bool:

@@ -21,6 +21,7 @@ from monai.utils import optional_import
 from ..errors import DicomError
 from .dicom_frames import FUNCTIONAL_GROUPS, split_frames
 from .dicom_geometry import EXPORT_WHOLE, GEOMETRY, VOLUME_TAGS, check_slices, instance, integer, lps_affine, place
+from .dicom_zip import Unpacked, is_archive
 from .itk_image import to_tensor
 
 pydicom, _ = optional_import("pydicom")
@@ -49,6 +50,7 @@ class Series:
     each frame of a multi-frame file.
     `unread` are the numbers, among all files of `folder` sorted by name, of those beside the images that may be images
     too but cannot be parsed.
+    `unpacked` keeps the files of a zip archive, which is the `folder`.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class Series:
     files: tuple[Path, ...]
     headers: tuple[Any, ...] = field(repr=False, compare=False)
     unread: tuple[int, ...] = ()
+    unpacked: Unpacked | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -82,12 +85,16 @@ class Series:
 
 
 def find_series(folder: str | Path) -> list[Series]:
-    """All series in a folder and its subfolders, or in one file, by number; what is clearly not DICOM is passed over.
+    """All series in a folder and its subfolders, a zip archive, or one file, by number.
+
+    What is clearly not DICOM is passed over.
 
     Reads headers only. Raises DicomError where there is no DICOM, or a DICOM file is damaged.
     """
     folder = Path(folder)
-    paths = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if _is_file(path))
+    unpacked = Unpacked(folder) if is_archive(folder) and folder.is_file() else None
+    root = unpacked.folder if unpacked else folder
+    paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if _is_file(path))
     groups: dict[str, list[tuple[Path, Any]]] = defaultdict(list)
     unread: dict[Path, list[int]] = defaultdict(list)
     for count, path in enumerate(paths, 1):
@@ -108,9 +115,9 @@ def find_series(folder: str | Path) -> list[Series]:
             if uid is not None:
                 groups[uid] += [(path, frame) for frame in frames]
     if not groups:
-        fact = "no DICOM files in it" if folder.is_dir() else "no such folder"
+        fact = "no DICOM files in it" if root.is_dir() else "no such folder"
         raise DicomError(folder, fact, "give the folder of one DICOM series")
-    found = [_series(folder, uid, pairs, unread) for uid, pairs in groups.items()]
+    found = [_series(folder, uid, pairs, unread, unpacked) for uid, pairs in groups.items()]
     return sorted(found, key=lambda series: (series.number is None, series.number or 0, series.uid))
 
 
@@ -142,14 +149,17 @@ def is_other_kind(path: Path) -> bool:
     return bool(start) and not re.search(rb"[\x00-\x08\x0e-\x1f]", start)
 
 
-def _series(folder: Path, uid: str, pairs: list[tuple[Path, Any]], unread: dict[Path, list[int]]) -> Series:
+def _series(
+    folder: Path, uid: str, pairs: list[tuple[Path, Any]], unread: dict[Path, list[int]], unpacked: Unpacked | None
+) -> Series:
     pairs.sort(key=lambda pair: (place(pair[1]) or 0.0, integer(pair[1], "InstanceNumber") or 0))
     paths, headers = zip(*pairs, strict=True)
     files = tuple(dict.fromkeys(paths))
     first = headers[0]
     description, modality = str(first.get("SeriesDescription") or ""), str(first.get("Modality") or "unknown")
     beside = [count for parent in sorted({path.parent for path in files}) for count in unread.get(parent, ())]
-    return Series(folder, uid, description, integer(first, "SeriesNumber"), modality, files, headers, tuple(beside))
+    number = integer(first, "SeriesNumber")
+    return Series(folder, uid, description, number, modality, files, headers, tuple(beside), unpacked)
 
 
 def choose_series(folder: str | Path, series: str | None = None) -> Series:

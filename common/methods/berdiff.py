@@ -7,7 +7,7 @@ others are kept as the input has them. The decoded result is the pseudo-healthy 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ from ..networks.pixel_unshuffle_unet import size_divisor
 from .latent_objective import LatentObjective
 
 MEDIAN_SIZE = 5
+LOGIT_ERROR = 5e-5  # times 1 + |logit|: ten times as much as batches of other sizes were seen to change it by
 
 
 def flip_unet(
@@ -71,8 +72,9 @@ class BerDiff(AnomalyDetector):
             difference to their mean. "mahalanobis": that over their variance, so that what no two samples draw alike
             counts less (Behrendt et al., 2024, pixel by pixel).
         regularisation: added to the variance in "mahalanobis".
-        batch_size: slices that the encoder and the U-Net take at a time, by the memory of the device; see
-            `in_equal_batches`.
+        compared_with: what the reconstructions are compared with. "image", as published, or "decoded": D(p), the
+            image as the autoencoder gives it back, so that its own error cancels.
+        batch_size: slices that the encoder and the U-Net take at a time, by the memory of the device; see `decided`.
 
     The map is median filtered, 5 x 5, as in the paper's evaluation. Both the paper and its program need the scheduler's
     `soft_z0` "inserted". Where the scheduler's `reference` is "code", the code is noised once more than it is denoised,
@@ -94,6 +96,7 @@ class BerDiff(AnomalyDetector):
         num_passes: int = 1,
         combine: Literal["maps", "reconstructions", "mahalanobis"] = "maps",
         regularisation: float = 0.01,
+        compared_with: Literal["image", "decoded"] = "image",
         batch_size: int = 8,
     ) -> None:
         super().__init__()
@@ -112,19 +115,34 @@ class BerDiff(AnomalyDetector):
         self.num_passes = num_passes
         self.combine = combine
         self.regularisation = regularisation
+        self.compared_with = compared_with
         self.batch_size = batch_size
         self.size_divisor = latent_space.downsampling * size_divisor(unet)
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, ...]:
         image = convert_to_tensor(image, track_meta=False)  # the meta data of a batch does not survive its splitting
-        p = in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image)
-        passes = [self.one_pass(image, p, generators) for _ in range(self.num_passes)]
+        parts = [self.latent_space.posterior(part) for part in image.split(self.batch_size)]
+        p, std = (torch.cat(part) for part in zip(*parts, strict=True))  # P(z = 1)
+        error = LOGIT_ERROR * std + torch.finfo(p.dtype).eps
+        error[: len(p) - len(p) % self.batch_size] = 0  # of full batches
+        passes = []
+        for _ in range(self.num_passes):
+            u = uniform_like(p, generators)
+            if ((p - u).abs() < error).any():  # see `decided`
+                p, error = (
+                    in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image),
+                    error * 0,
+                )
+            passes.append(self.one_pass((p > u).to(image.dtype), generators))
         x_hat, score = (torch.stack(part) for part in zip(*passes, strict=True))
-        return median(self.anomaly_map(image, x_hat), MEDIAN_SIZE), x_hat.mean(0), score.mean(0)
+        seen = image
+        if self.compared_with == "decoded":
+            seen = torch.cat([self.latent_space.decode(part) for part in p.split(self.batch_size)]).clamp(0, 1)
+        return median(self.anomaly_map(seen, x_hat), MEDIAN_SIZE), x_hat.mean(0), score.mean(0)
 
-    def one_pass(self, image: Tensor, p: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Reconstruction x_hat (B, C, H, W) and the share of masked entries (B,); p: (B, N, h, w), P(z = 1)."""
-        code, mask = self.sample((p > uniform_like(p, generators)).to(image.dtype), generators)
+    def one_pass(self, z: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Of a drawn code z (B, N, h, w): reconstruction x_hat (B, C, H, W) and the share of masked entries (B,)."""
+        code, mask = self.sample(z, generators)
         return self.latent_space.decode(code).clamp(0, 1), mask.flatten(1).float().mean(1)
 
     def anomaly_map(self, image: Tensor, x_hat: Tensor) -> Tensor:
@@ -142,27 +160,67 @@ class BerDiff(AnomalyDetector):
         start = torch.full((len(z),), steps[0] + self.noise_index_offset, device=z.device)
         z_t, mask = self.scheduler.add_noise(z, uniform_like(z, generators), start), torch.zeros_like(z).bool()
         for t, s in zip(steps, [*steps[1:], -1], strict=True):
-            eps = in_equal_batches(self.unet, self.batch_size, z_t, torch.full_like(start, t)).sigmoid()
-            z0 = (z_t - eps).abs()  # P(z0 = 1)
+            at_t = torch.full_like(start, t)
             if s < 0 and self.scheduler.reference == "code":
-                return z0, mask
-            mask = mask | (eps > self.P) | (self.P == 0)  # a saturated eps is 0 in float32
-            z0 = torch.where(mask, z0, z)
-            z_t = self.scheduler.step(z_t, z0, t, s, uniform_like(z, generators))
+                logits = torch.cat([self.unet(*part) for part in _parts(self.batch_size, z_t, at_t)])
+                return (z_t - logits.sigmoid()).abs(), mask
+            u = uniform_like(z, generators)
+            z_t, mask = decided(self.unet, self._step(t, s), self.batch_size, (z_t, at_t), (z, z_t, mask, u))
         return z_t, mask
+
+    def _step(self, t: int, s: int) -> Callable[..., tuple[Tensor, Tensor]]:
+        """From t to s: of the network's logits, z, z_t, mask and u the next z_t and mask."""
+
+        def step(logits: Tensor, z: Tensor, z_t: Tensor, mask: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            eps = logits.sigmoid()
+            mask = mask | (eps > self.P) | (self.P == 0)  # a saturated eps is 0 in float32
+            z0 = torch.where(mask, (z_t - eps).abs(), z)  # P(z0 = 1)
+            return self.scheduler.step(z_t, z0, t, s, u), mask
+
+        return step
+
+
+def decided(
+    network: Callable[..., Tensor],
+    decide: Callable[..., tuple[Tensor, ...]],
+    size: int,
+    inputs: Sequence[Tensor],
+    others: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """What `decide(network(*inputs), *others)` draws in batches of exactly `size`, of which zeros fill up the last one.
+
+    Layers round differently in batches of other sizes. Elsewhere that is noise of 1e-6; here it flips a bit now and
+    then, and from there another sample: one slice in ten would differ between a batch and alone. A batch that is
+    smaller is therefore filled up, but only where a decision is so near that rounding could change it. Whether one is,
+    is seen by deciding with all logits a little lower and a little higher, in which every decision is monotonous.
+
+    network: gives logits (B, ...). inputs, others: (B, ...) each. decide: gives tensors (B, ...) of decisions.
+    """
+    results = []
+    for given, rest in zip(_parts(size, *inputs), _parts(size, *others), strict=True):
+        logits = network(*given)
+        result = decide(logits, *rest)
+        if len(logits) < size and not all(
+            torch.equal(*pair)
+            for error in (-LOGIT_ERROR, LOGIT_ERROR)
+            for pair in zip(result, decide(logits + error * (1 + logits.abs()), *rest), strict=True)
+        ):
+            result = decide(in_equal_batches(network, size, *given), *rest)
+        results.append(result)
+    return tuple(torch.cat(part) for part in zip(*results, strict=True))
 
 
 def in_equal_batches(network: Callable[..., Tensor], size: int, *inputs: Tensor) -> Tensor:
-    """The network's output for inputs (B, ...), given to it in batches of exactly `size`; zeros fill up the last one.
-
-    Layers round differently in batches of other sizes. Elsewhere that is noise of 1e-6; here it flips a bit now and
-    then, and from there another sample: one slice in ten would differ between a batch and alone.
-    """
+    """The network's output for inputs (B, ...), given to it in batches of exactly `size`, see `decided`."""
     outputs = []
-    for parts in zip(*(x.split(size) for x in inputs), strict=True):
+    for parts in _parts(size, *inputs):
         n = len(parts[0])
         outputs.append(network(*(torch.cat([x, x.new_zeros(size - n, *x.shape[1:])]) for x in parts))[:n])
     return torch.cat(outputs)
+
+
+def _parts(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
 def uniform_like(reference: Tensor, generators: list[torch.Generator]) -> Tensor:
@@ -208,7 +266,9 @@ class BinaryAutoencoderObjective(TrainingObjective):
 
     Args:
         latent_space: the `BinaryLatentSpace` whose autoencoder is trained here.
-        reconstruction: "l1" in the code, "l2" in the paper.
+        reconstruction: "l1" in the code, "l2" in the paper; "both" is L1 + 2 L2, as the first stage of the KL methods.
+        indecision_weight: of the mean of 4 p (1 - p) over all bits: 0 where each is decided, 1 where each is a coin.
+            A bit that is no more than a coin tells the diffusion model nothing. Ours; 0, none, as published.
         perceptual: (reconstruction, target) -> loss, kept frozen, such as `monai.losses.PerceptualLoss`; the paper
             has one, the code none for BRATS.
         discriminator: adds an adversarial loss, with MONAI's `PatchDiscriminator`; the paper has one, the code none
@@ -219,24 +279,31 @@ class BinaryAutoencoderObjective(TrainingObjective):
     def __init__(
         self,
         latent_space: LatentSpace,
-        reconstruction: Literal["l1", "l2"] = "l1",
+        reconstruction: Literal["l1", "l2", "both"] = "l1",
+        indecision_weight: float = 0.0,
         perceptual: nn.Module | None = None,
         discriminator: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder = latent_space.autoencoder.requires_grad_(True)
         self.reconstruction = reconstruction
+        self.indecision_weight = indecision_weight
         self.perceptual = perceptual if perceptual is None else perceptual.requires_grad_(False)
         self.discriminator = discriminator
         self.patch_loss = PatchAdversarialLoss(criterion="hinge")
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
-        """Keys `loss`, `l1`, `l2`, and those of the terms in use: `perceptual`, `generator`, `discriminator`."""
+        """Keys `loss`, `l1`, `l2`, `indecision`, and those in use of `perceptual`, `generator`, `discriminator`."""
         target = images * 2 - 1
-        reconstruction, _, _ = self.autoencoder(target)
+        reconstruction, p, _ = self.autoencoder(target)
         difference = reconstruction - target
-        losses = {"l1": difference.abs().mean(), "l2": difference.square().mean()}
-        losses["loss"] = losses[self.reconstruction]
+        losses = {
+            "l1": difference.abs().mean(),
+            "l2": difference.square().mean(),
+            "indecision": (4 * p * (1 - p)).mean(),
+        }
+        terms = losses | {"both": losses["l1"] + 2 * losses["l2"]}
+        losses["loss"] = terms[self.reconstruction] + self.indecision_weight * losses["indecision"]
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(reconstruction, target)
             losses["loss"] = losses["loss"] + losses["perceptual"]

@@ -19,6 +19,7 @@ from .subject_record import SubjectRecord
 
 Replicates = dict[str, NDArray[np.float64]]  # metric -> (B,), one value per row of the weights
 PAIRED = ("auprc", "dice_at_threshold")  # metrics whose replicates are kept, to compare methods on the same resamples
+FEW_SUBJECTS = 5  # an interval over fewer is marked: so few say little about the spread between subjects
 _CHUNK = 2**21  # replicates x bins held at once, 16 MB per array
 
 
@@ -32,6 +33,8 @@ class _Statistic(NamedTuple):
 
 def metrics_with_intervals(records: Sequence[SubjectRecord], seed: int, n_bootstrap: int) -> dict[str, Any]:
     """All metrics as `{"value": ..., "ci95": [low, high]}` and, a plain number, `oracle_threshold`; None if undefined.
+
+    An interval over fewer than `FEW_SUBJECTS` is marked by `few_subjects`, their number, beside these two.
 
     `sites` and `lesion_sizes` have such metrics for each site and group of lesions, `replicates` the values of `PAIRED`
     in each resample.
@@ -55,13 +58,15 @@ def metrics_with_intervals(records: Sequence[SubjectRecord], seed: int, n_bootst
         _lesion_wise(records),
         _healthy_false_lesions(records),
     )
-    result: dict[str, Any] = {"oracle_threshold": oracle_threshold, "replicates": {}}
+    result: dict[str, Any] = {}
+    kept: dict[str, list[float | None]] = {}
     for statistic in statistics:
-        values, replicates = _values_and_replicates(statistic, resamples)
-        result |= {name: _with_interval(values[name], replicates[name]) for name in values}
-        result["replicates"] |= {name: [_defined(x) for x in replicates[name]] for name in PAIRED if name in values}
-    result["healthy_worst_share"] = _with_interval(_worst_share(records), np.empty(0))
-    return result | {"sites": _sites(records, resamples), "lesion_sizes": _lesion_sizes(records, resamples)}
+        metrics, replicates = _measured(statistic, resamples)
+        result |= metrics
+        kept |= {name: [_defined(x) for x in replicates[name]] for name in PAIRED if name in metrics}
+    result |= {"healthy_worst_share": _with_interval(_worst_share(records), np.empty(0))}
+    result |= {"oracle_threshold": oracle_threshold, "sites": _sites(records, resamples)}
+    return result | {"lesion_sizes": _lesion_sizes(records, resamples), "replicates": kept}
 
 
 def paired_difference(result: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -181,8 +186,7 @@ def _sites(records: Sequence[SubjectRecord], resamples: NDArray[np.float64]) -> 
             "n_lesion_subjects": sum(r.has_lesion for r in own),
         }
         for statistic in (_mean_over_subjects("healthy_share", _healthy_shares(own)), _voxel_recall(own)):
-            values, replicates = _values_and_replicates(statistic, resamples[:, here])
-            summed |= {name: _with_interval(values[name], replicates[name]) for name in values}
+            summed |= _measured(statistic, resamples[:, here])[0]
         of_sites.append(summed | {"healthy_worst_share": _with_interval(_worst_share(own), np.empty(0))})
     return of_sites
 
@@ -260,8 +264,7 @@ def _lesion_sizes(records: Sequence[SubjectRecord], resamples: NDArray[np.float6
         def metrics(w: NDArray[np.float64], ratios: Mapping[str, tuple[Any, Any]] = ratios) -> Replicates:
             return {name: _ratio(w @ numerator, w @ denominator) for name, (numerator, denominator) in ratios.items()}
 
-        values, replicates = _values_and_replicates(_Statistic(metrics, used & (n_lesions > 0)), resamples)
-        recalls = {name: _with_interval(values[name], replicates[name]) for name in values}
+        recalls, _ = _measured(_Statistic(metrics, used & (n_lesions > 0)), resamples)
         groups.append({"ml": bounds[size : size + 2], "n_lesions": int(n_lesions.sum()), **recalls})
     return groups
 
@@ -287,22 +290,27 @@ def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> 
     return np.divide(numerator, denominator, out=np.full(np.shape(denominator), np.nan), where=denominator > 0)
 
 
-def _values_and_replicates(
-    statistic: _Statistic, resamples: NDArray[np.float64]
-) -> tuple[dict[str, float], Replicates]:
-    """The metrics of all subjects, and in each resample; none where they rest on fewer than two subjects."""
+def _measured(statistic: _Statistic, resamples: NDArray[np.float64]) -> tuple[dict[str, dict[str, Any]], Replicates]:
+    """The metrics of all subjects with their intervals, and in each resample.
+
+    There are no resamples where they rest on fewer than two subjects: one says nothing about the spread between them.
+    """
     values = {name: float(v[0]) for name, v in statistic.function(np.ones((1, resamples.shape[1]))).items()}
-    if statistic.subjects.sum() < 2:  # one subject says nothing about the spread between subjects
-        return values, {name: np.empty(0) for name in values}
-    step = max(1, _CHUNK // statistic.n_bins)
-    parts = [statistic.function(resamples[start : start + step]) for start in range(0, len(resamples), step)]
-    return values, {name: np.concatenate([part[name] for part in parts]) for name in values}
+    subjects = int(statistic.subjects.sum())
+    replicates = {name: np.empty(0) for name in values}
+    if subjects >= 2:
+        step = max(1, _CHUNK // statistic.n_bins)
+        parts = [statistic.function(resamples[start : start + step]) for start in range(0, len(resamples), step)]
+        replicates = {name: np.concatenate([part[name] for part in parts]) for name in values}
+    return {name: _with_interval(values[name], replicates[name], subjects) for name in values}, replicates
 
 
-def _with_interval(value: float, replicates: NDArray[np.float64]) -> dict[str, Any]:
+def _with_interval(value: float, replicates: NDArray[np.float64], subjects: int = FEW_SUBJECTS) -> dict[str, Any]:
+    """subjects: how many the value rests on."""
     defined = replicates[np.isfinite(replicates)]  # a resample may hold no lesion
     low_high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (np.nan, np.nan)
-    return {"value": _defined(value), "ci95": [_defined(x) for x in low_high]}
+    few = {"few_subjects": subjects} if len(defined) and subjects < FEW_SUBJECTS else {}
+    return {"value": _defined(value), "ci95": [_defined(x) for x in low_high], **few}
 
 
 def _defined(value: float) -> float | None:

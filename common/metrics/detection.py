@@ -118,7 +118,8 @@ class DetectionMetrics:
 
         Every metric is `{"value": float, "ci95": [low, high]}`: percentile bootstrap, `n_bootstrap` resamples of the
         subjects with replacement, drawn from `seed`. Resamples in which the metric is undefined (no lesion drawn) are
-        left out; a metric that rests on fewer than two subjects has no interval.
+        left out; a metric that rests on fewer than two subjects has no interval, and one that rests on fewer than five
+        says so: `few_subjects` is their number.
 
         auprc, auroc: voxels.
         max_dice_pooled: ORACLE (the threshold is chosen with the labels), highest Dice of all voxels pooled over all

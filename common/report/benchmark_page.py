@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from itertools import cycle
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ..errors import ResultError
+from ..metrics.bootstrap import FEW_SUBJECTS
 from ..results.read import read_json
 from .benchmark_table import EXPLAINED, LESIONS, SITES, SUBJECTS, TIMES, VOXELS, cell
 
@@ -76,6 +78,7 @@ def benchmark_content(folder: Path) -> dict[str, Any]:
             "title": folder.resolve().name,
             "benchmark": OPTIONAL | benchmark,
             "counts": next(iter(results.values()), {}),
+            "few": FEW_SUBJECTS,
             "tables": [
                 *(_table(results, title, *about) for title, about in TABLES.items()),
                 _sites(results),
@@ -94,7 +97,7 @@ def _table(results: Results, title: str, metrics: Mapping[str, str], of_methods:
         "title": title,
         "caption": EXPLAINED[title],
         "headings": list(metrics.values()),
-        "rows": [(key, [_cell(result.get(name)) for name in metrics]) for key, result in rows.items()],
+        "rows": [(key, [_cell(result, name) for name in metrics]) for key, result in rows.items()],
     }
 
 
@@ -105,23 +108,24 @@ def _sites(results: Results) -> dict[str, Any]:
         "title": "Sites",
         "caption": EXPLAINED["Sites"],
         "headings": [f"{site['site'] or 'all'}: {heading}" for site in first for heading in SITES.values()],
-        "rows": [(key, [_cell(site[name]) for site in sites for name in SITES]) for key, sites in measured.items()],
+        "rows": [(key, [_cell(site, name) for site in sites for name in SITES]) for key, sites in measured.items()],
     }
 
 
 def _run_times(results: Results) -> dict[str, Any]:
     measured = {key: result["run_time"] for key, result in results.items() if result.get("run_time")}
     rows = [
-        (key, [(_number(time.get(name)), str(time.get(name, "-")), "") for name in TIMES])
+        (key, [(_number(time.get(name)), str(time.get(name, "-")), "", False) for name in TIMES])
         for key, time in measured.items()
     ]
     return {"title": "Run time", "caption": EXPLAINED["Run time"], "headings": list(TIMES.values()), "rows": rows}
 
 
-def _cell(metric: Mapping[str, Any] | None) -> tuple[float | None, str, str]:
-    """Value to sort by, text, interval."""
-    text, _, interval = cell(metric or {"value": None, "ci95": [None, None]}).partition(" ")
-    return _number((metric or {}).get("value")), text, interval.strip("()")
+def _cell(result: Mapping[str, Any], name: str) -> tuple[float | None, str, str, bool]:
+    """Of a metric: value to sort by, text, interval, whether it is of few subjects."""
+    metric = result.get(name) or {"value": None, "ci95": [None, None]}
+    text, _, interval = cell(metric).partition(" ")
+    return _number(metric.get("value")), text, re.sub("[()]", "", interval), "few_subjects" in metric
 
 
 def _number(value: Any) -> float | None:

@@ -61,8 +61,11 @@ TIMES = {
     "device": "device",
     "threads": "threads",
 }
+FEW = "†"
+FEW_EXPLAINED = f"{FEW} marks an interval over fewer than 5 subjects, who say little about others."
 EXPLAINED = {
-    "Voxels": "Pooled over the foreground of the subjects with a lesion. Oracle: the labels choose the threshold.",
+    "Voxels": "Pooled over the foreground of the subjects with a lesion. Oracle: the labels choose the threshold. "
+    f"Here and below {FEW_EXPLAINED}",
     "Slices and healthy subjects": "A slice is abnormal where it holds lesion; slices are ranked by the mean of the "
     "highest 1 % of the map, and by the method's own score where it has one. Whole volumes with a lesion against those "
     "without: likewise, the method's own score being the mean over the slices, and by the largest component of the "
@@ -82,12 +85,13 @@ EXPLAINED = {
 
 
 def cell(metric: Mapping[str, Any]) -> str:
-    """`0.123 (0.100-0.140)`; undefined is a dash."""
+    """`0.123 (0.100-0.140)`, with `FEW` behind an interval over fewer than 5 subjects; undefined is a dash."""
     value, (low, high) = metric["value"], metric["ci95"]
     if value is None:
         return "-"
     separator = " to " if low is not None and low < 0 else "-"
-    return f"{value:.3f}" + ("" if low is None else f" ({low:.3f}{separator}{high:.3f})")
+    mark = FEW if "few_subjects" in metric else ""
+    return f"{value:.3f}" + ("" if low is None else f" ({low:.3f}{separator}{high:.3f}){mark}")
 
 
 def protocol_cell(number: float | Mapping[str, float] | None) -> str:

@@ -13,11 +13,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
-from ..detection.calibration import origin_in_words
+from ..detection.calibration import origin_in_words, percentile_in_words
+from ..detection.reliability import UNRELIABLE
 from ..errors import OutputError, ResultError
 from ..files import replacing
 from ..outputs import GENERATOR, REPORT, check_file
-from ..results.read import CaseFiles, Outcome, mni_point, read_lesions, read_outcomes, read_run, read_to_mni, records_in
+from ..results.read import CaseFiles, Outcome, located_lesions, read_outcomes, read_run, records_in
 from .benchmark_page import benchmark_content
 from .viewer import NIIVUE_VERSION, STATIC, niivue, viewer_data
 
@@ -78,22 +79,14 @@ def case_content(files: CaseFiles, scan: Path | None = None) -> dict[str, Any]:
         "title": files.name,
         "run": run,
         "threshold_origin": origin_in_words(run.get("threshold_origin") or {}),
+        "percentile": percentile_in_words(run),
+        "is_unreliable": run["reliability"] == UNRELIABLE,
         "lesions": lesions[:MAX_LESIONS],
         "more_lesions": len(lesions) - MAX_LESIONS,
         "is_registered": any(lesion["mni_mm"] for lesion in lesions),
         "mosaic": data_uri(_picture(files).read_bytes(), "png"),
         "viewer": viewer_data(files, run, scan),
     }
-
-
-def located_lesions(files: CaseFiles) -> list[dict[str, Any]]:
-    """The lesions, largest first, with `mni_mm`, (x, y, z) in RAS mm; None where the case was not registered."""
-    to_mni = read_to_mni(files)
-
-    def mni_mm(lesion: dict[str, float]) -> tuple[float, float, float] | None:
-        return to_mni and mni_point(to_mni, (lesion["x_mm"], lesion["y_mm"], lesion["z_mm"]))
-
-    return [{**lesion, "mni_mm": mni_mm(lesion)} for lesion in read_lesions(files)]
 
 
 def cohort_content(folder: Path, records: list[Path], outcomes: list[Outcome]) -> dict[str, Any]:
@@ -117,14 +110,16 @@ def cohort_content(folder: Path, records: list[Path], outcomes: list[Outcome]) -
 
 def cohort_case(files: CaseFiles, folder: Path) -> dict[str, Any]:
     """What the page of a cohort says of a case; with a link to its own report, where there is one."""
-    picture = _open_picture(files)
+    picture, run = _open_picture(files), read_run(files)
     has_report = files.entities is None and (files.folder / REPORT).is_file()
     return {
         "files": files,
         "name": files.name,
-        "run": read_run(files),
+        "run": run,
+        "percentile": percentile_in_words(run, short=True),
+        "is_unreliable": run["reliability"] == UNRELIABLE,
         "lesions": located_lesions(files),
-        "strip": jpeg(picture.crop(_map_row(picture)), STRIP_PIXELS),
+        "strip": jpeg(picture.crop(map_row(picture)), STRIP_PIXELS),
         "link": quote(f"{files.folder.relative_to(folder).as_posix()}/{REPORT}") if has_report else None,
     }
 
@@ -144,9 +139,12 @@ def _open_picture(files: CaseFiles) -> Image.Image:
         raise ResultError(path, "not a picture", "run uad detect on this case again") from error
 
 
-def _map_row(picture: Image.Image) -> tuple[int, int, int, int]:
-    """The third of the preview's four rows: the map over the scan."""
-    return 0, picture.height // 2, picture.width, 3 * picture.height // 4
+def map_row(picture: Image.Image) -> tuple[int, int, int, int]:
+    """Where a preview has the map over the scan, as `save_preview` notes it: left, top, right, bottom."""
+    numbers = [int(part) for part in str(picture.info.get("map_row", "")).split() if part.isdecimal()]
+    if len(numbers) == 4:
+        return numbers[0], numbers[1], numbers[2], numbers[3]
+    return 0, picture.height // 2, picture.width, 3 * picture.height // 4  # of earlier versions, four equal rows
 
 
 def jpeg(picture: Image.Image, width: int) -> str:

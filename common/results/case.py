@@ -12,6 +12,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from isal import igzip
 from monai.data import MetaTensor
 from scipy import ndimage
 
@@ -21,10 +22,11 @@ from ..errors import DicomError
 from ..files import partial_folder
 from ..images.check import voxel_volume_ml
 from ..images.dicom import Series
-from ..outputs import BIDS_NAMES, RECORD, check_case_folder, put_in_place
+from ..outputs import BIDS_NAMES, RECORD, SIDECARS, check_case_folder, put_in_place
 from ..transforms.registration import write_tfm
 from .dicom import save_dicom
 from .preview import save_preview
+from .quality import quality
 
 MANY_TIMES, DEFAULT_HEALTHY_SHARE = 10, 0.01  # of a healthy brain above the threshold, from where a warning is due
 
@@ -54,7 +56,7 @@ def versions() -> dict[str, str]:
 
 
 def record_path(folder: Path, entities: str | None = None) -> Path:
-    """Where the run.json of a case is, which is written last; `entities` of a case of a BIDS dataset."""
+    """Where the run.json of a case is, which is written last; see `case_place`."""
     return folder / (RECORD if entities is None else f"{entities}_{BIDS_NAMES[RECORD]}")
 
 
@@ -64,14 +66,16 @@ def write_case(
     case: Case,
     result: Mapping[str, Any],
     run: Mapping[str, Any],
+    sidecars: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> DicomError | None:
     """Write the files of a case; an earlier result of it is replaced.
 
     anomaly_map.nii.gz (float32, raw), segmentation.nii.gz (uint8), reconstruction.nii.gz (float32, input's units),
     lesions.csv, run.json, preview.png; to_mni.tfm where the case was registered, segmentation.dcm and anomaly_map.dcm
     where they are wanted. If these cannot be made, the others are written, with the reason among the warnings of
-    run.json, and the error is returned. The folder appears whole or not at all. With `entities` (`sub-01_ses-1`) the
-    files get the names of a BIDS derivative in a folder that is shared with other scans, whole files, run.json last.
+    run.json, and the error is returned. The folder appears whole or not at all. With `entities`
+    (`sub-01_ses-1_desc-dae`) the files get the names of a BIDS derivative in a folder that is shared with other scans,
+    whole files, run.json last, and with them `sidecars`, JSON by the names of `SIDECARS`.
     Raises OutputError where the folder holds anything else than an earlier result of the case.
     """
     with partial_folder(folder.parent, entities or folder.name) as partial:
@@ -82,8 +86,10 @@ def write_case(
         else:
             record_path(folder, entities).unlink(missing_ok=True)
             folder.mkdir(exist_ok=True)
+            for name, content in (sidecars or {}).items():
+                (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             for path in sorted(partial.iterdir(), key=lambda path: path.name == RECORD):
-                path.replace(folder / f"{entities}_{BIDS_NAMES[path.name]}")
+                path.replace(folder / f"{entities}_{(BIDS_NAMES | SIDECARS)[path.name]}")
     return failure
 
 
@@ -98,13 +104,14 @@ def write_files(folder: Path, case: Case, result: Mapping[str, Any], run: Mappin
     failure = None
     if case.find_series is not None:
         try:
-            maker = str(run["bundle"]), versions()["uad-bundles"], run["weights_sha256"]
+            maker = str(run["bundle"]), versions()["uad-bundles"], result["threshold"], run["weights_sha256"]
             save_dicom(case, case.find_series(), folder, *maker)
         except DicomError as error:
             failure = error
-    title = f"{run['bundle']}: threshold {result['threshold']:.3g}, {origin_in_words(result['threshold_origin'])}"
+    origin = origin_in_words(result["threshold_origin"])
+    title = f"{run['bundle']}, status: {result['reliability']}\nthreshold {result['threshold']:.3g}, {origin}"
     save_preview(case, result["threshold"], folder / "preview.png", result["doubts"], title)
-    record = case_record(case.subject, result, run, lesions)
+    record = case_record(case, result, run, lesions)
     record["warnings"] += [str(failure)] if failure else []
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return failure
@@ -119,8 +126,9 @@ def as_nifti(volume: MetaTensor, affine: np.ndarray) -> nib.Nifti1Image:
 
 
 def save_nifti(volume: MetaTensor, affine: np.ndarray, path: Path) -> None:
-    """Write `as_nifti`."""
-    nib.save(as_nifti(volume, affine), path)
+    """Write `as_nifti`: compressed where the path ends in .gz, by a program ten times faster than Python's own."""
+    content = as_nifti(volume, affine).to_bytes()
+    path.write_bytes(igzip.compress(content, compresslevel=1, mtime=0) if path.suffix == ".gz" else content)
 
 
 def find_lesions(case: Case) -> list[dict[str, float]]:
@@ -128,12 +136,15 @@ def find_lesions(case: Case) -> list[dict[str, float]]:
     mask = case.segmentation.as_tensor()[0].cpu().numpy() > 0
     values = case.anomaly_map.as_tensor()[0].cpu().numpy()
     labels, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
-    index = np.arange(1, count + 1)
-    voxel_ml = voxel_volume_ml(case.image)
-    volumes = ndimage.sum_labels(mask, labels, index) * voxel_ml
-    centroids = np.array(ndimage.center_of_mass(mask, labels, index)).reshape(-1, 3)
-    world = centroids @ case.affine[:3, :3].T + case.affine[:3, 3]
-    means, maxima = ndimage.mean(values, labels, index), ndimage.maximum(values, labels, index)
+    places = np.nonzero(mask)
+    numbers, found = labels[places] - 1, values[places]
+    sizes = np.bincount(numbers, minlength=count)
+    volumes = sizes * voxel_volume_ml(case.image)
+    sums = [np.bincount(numbers, weights=weights, minlength=count) for weights in (*places, found)]
+    *centroids, means = np.array(sums) / sizes
+    world = np.stack(centroids, axis=1) @ case.affine[:3, :3].T + case.affine[:3, 3]
+    maxima = np.full(count, -np.inf)
+    np.maximum.at(maxima, numbers, found)
     return [
         {
             "volume_ml": round(float(volumes[i]), 4),
@@ -162,11 +173,11 @@ def numbered(lesions: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def case_record(
-    subject: str, result: Mapping[str, Any], run: Mapping[str, Any], lesions: list[dict[str, float]]
+    case: Case, result: Mapping[str, Any], run: Mapping[str, Any], lesions: list[dict[str, float]]
 ) -> dict[str, Any]:
-    """What run.json says of a case: the run, what was found (`describe`), and the warnings of both."""
-    found = describe(result, lesions)
-    return {"subject": subject, **run, **found, "warnings": [*run.get("warnings", []), *found["warnings"]]}
+    """What run.json says of a case: the run, what was found (`describe`), its quality, and the warnings of both."""
+    found = describe(result, lesions) | {"quality": quality(case, result)}
+    return {"subject": case.subject, **run, **found, "warnings": [*run.get("warnings", []), *found["warnings"]]}
 
 
 def describe(result: Mapping[str, Any], lesions: list[dict[str, float]]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ OBJECTS = ("segmentation.dcm", "anomaly_map.dcm")
 UTF_8 = "ISO_IR 192"
 MAX_SOURCE_NUMBER = (2**31 - 1) // 100 - 1  # so that a hundred times it, and a few more, is a SeriesNumber too
 OWN_NUMBER = 90  # in the place of a SeriesNumber that is not there, or beyond that
+LEVELS = 4096  # of the map as integers, from 0 to the threshold
+MOST = 2**16 - 1
 ONE_FOR_ALL = ("PixelMeasuresSequence", "PlaneOrientationSequence")  # what highdicom wants as shared by all frames
 NEEDED = ("StudyInstanceUID", "SOPClassUID", "SOPInstanceUID", "FrameOfReferenceUID")
 REPAIR = "repair the headers, or use the results as NIfTI, which do not need them"
@@ -35,9 +37,15 @@ MAY_BE_EMPTY = (  # and lack in anonymised images, while highdicom wants them al
 
 
 def save_dicom(
-    case: Case, series: Series, folder: Path, algorithm: str, version: str, weights_sha256: str | None = None
+    case: Case,
+    series: Series,
+    folder: Path,
+    algorithm: str,
+    version: str,
+    threshold: float,
+    weights_sha256: str | None = None,
 ) -> None:
-    """Write segmentation.dcm (Segmentation, binary) and anomaly_map.dcm (Parametric Map, float32) into `folder`.
+    """Write segmentation.dcm (Segmentation, binary) and anomaly_map.dcm (Parametric Map, see `levels`) into `folder`.
 
     Both lie in the frame of reference of the source images, refer to them, and belong to the same study; they hold
     the patient's name and number as the source does, without which a PACS cannot file them. All slices are stored, so
@@ -45,6 +53,7 @@ def save_dicom(
 
     case: on the grid of `read_series(series)`.
     algorithm, version: what the objects name as their maker, a bundle and its version.
+    threshold: of the map, at the middle of its window: maps of one method are shown alike, whatever is in them.
     weights_sha256: of its weights; a second software version, and a parameter of the Segmentation's algorithm.
     Raises DicomError where the source images lack or garble what the objects take from them, of which nothing is
     written then.
@@ -60,10 +69,11 @@ def save_dicom(
         warnings.simplefilter("ignore")  # those of pydicom quote what the tags say of the patient
         try:
             mask = _planes(case.segmentation, np.uint8, case, series, sources)
-            values = _planes(case.anomaly_map, np.float32, case, series, sources)
+            stored, step = levels(case.anomaly_map, threshold)
+            values = _planes(stored, np.uint16, case, series, sources)
             objects = [
                 _encode(_segmentation(mask, sources, algorithm, versions, number + 1)),
-                _encode(_parametric_map(values, sources, algorithm, versions, number + 2)),
+                _encode(_parametric_map(values, step, threshold, sources, algorithm, versions, number + 2)),
             ]
         except MalformedValueError as error:
             fact = f"{series.name} does not allow DICOM results ({error} does not fit its type)"
@@ -74,6 +84,18 @@ def save_dicom(
     for name, content in zip(OBJECTS, objects, strict=True):
         with replacing(folder / name) as path:
             path.write_bytes(content)
+
+
+def levels(anomaly_map: MetaTensor, threshold: float) -> tuple[MetaTensor, float]:
+    """A map, at least 0, as whole numbers up to `MOST`, and the step, which is the value of 1.
+
+    A step is the threshold / `LEVELS`: the same for all maps of a method, except where the highest value does not fit,
+    16 thresholds and more; there it is twice, four times, ... as large.
+    """
+    step = (threshold if threshold > 0 else 1.0) / LEVELS
+    while float(anomaly_map.as_tensor().max()) / step > MOST:
+        step *= 2
+    return MetaTensor((anomaly_map.as_tensor() / step).round(), meta=anomaly_map.meta), step
 
 
 class MalformedValueError(ValueError):
@@ -187,24 +209,35 @@ def _segmentation(mask: Any, sources: list[Any], algorithm: str, versions: list[
     )
 
 
-def _parametric_map(values: Any, sources: list[Any], algorithm: str, versions: list[str], series_number: int) -> Any:
+def _parametric_map(
+    values: Any,
+    step: float,
+    threshold: float,
+    sources: list[Any],
+    algorithm: str,
+    versions: list[str],
+    series_number: int,
+) -> Any:
     highdicom, _ = optional_import("highdicom")
-    highest = float(np.max(getattr(values, "array", values))) or 1.0  # a window must not be empty
+    middle = max(round(threshold / step), 1)  # a window must not be empty
     mapping = highdicom.pm.RealWorldValueMapping(
         lut_label="ANOMALY",
         lut_explanation="Anomaly map, higher is more abnormal",
         unit=pydicom.sr.codedict.codes.UCUM.NoUnits,
-        value_range=(0.0, highest),
-        slope=1.0,
+        value_range=(0, MOST),
+        slope=step,
         intercept=0.0,
     )
-    return highdicom.pm.ParametricMap(
+    dataset = highdicom.pm.ParametricMap(
         source_images=sources,
         pixel_array=values,
         contains_recognizable_visual_features=False,
         real_world_value_mappings=[mapping],
-        voi_lut_transformations=[highdicom.VOILUTTransformation(window_center=highest / 2, window_width=highest)],
+        voi_lut_transformations=[highdicom.VOILUTTransformation(window_center=middle, window_width=2 * middle)],
+        transfer_syntax_uid=pydicom.uid.JPEGLSLossless,
         content_label="ANOMALY",
         series_description=f"{algorithm} anomaly map",
         **_maker(algorithm, versions, series_number),
     )
+    dataset.Laterality = sources[0].get("Laterality")  # of a paired organ; it may be empty, not missing
+    return dataset

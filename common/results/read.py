@@ -36,7 +36,10 @@ OTHERS = OBJECTS | {
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """Where the files of a case are: in a folder of its own, or by the names of a BIDS derivative in a shared one."""
+    """Where the files of a case are: in a folder of its own, or by the names of a BIDS derivative in a shared one.
+
+    entities: what these names begin with, `sub-01_desc-dae`.
+    """
 
     name: str
     folder: Path
@@ -52,7 +55,7 @@ class CaseFiles:
         if record.name == RECORD:
             return cls(record.resolve().parent.name, record.parent)
         entities = record.name.removesuffix(f"_{BIDS_NAMES[RECORD]}")
-        return cls(entities, record.parent, entities)
+        return cls(entities.rpartition("_desc-")[0], record.parent, entities)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Outcome:
 
 def records_in(folder: Path) -> list[Path]:
     """The run.json of every case at or below a folder, sorted; what is half-written is left out."""
-    found = [*folder.rglob(RECORD), *folder.rglob(f"*_{BIDS_NAMES[RECORD]}")]
+    found = [*folder.rglob(RECORD), *folder.rglob(f"*_desc-*_{BIDS_NAMES[RECORD]}")]
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
@@ -134,6 +137,24 @@ def mni_point(to_mni: Any, point_mm: tuple[float, float, float]) -> tuple[float,
     x, y, z = point_mm
     left, posterior, superior = to_mni.TransformPoint((-x, -y, z))
     return -left, -posterior, superior
+
+
+def located_lesions(files: CaseFiles) -> list[dict[str, Any]]:
+    """The lesions, largest first, with `mni_mm`, (x, y, z) in RAS mm; None where the case was not registered.
+
+    Raises ResultError.
+    """
+    to_mni = read_to_mni(files)
+
+    def mni_mm(lesion: dict[str, float]) -> tuple[float, float, float] | None:
+        return to_mni and mni_point(to_mni, (lesion["x_mm"], lesion["y_mm"], lesion["z_mm"]))
+
+    return [{**lesion, "mni_mm": mni_mm(lesion)} for lesion in read_lesions(files)]
+
+
+def one_cell(text: str) -> str:
+    """Text in one line, of characters that UTF-8 has: those of a name that is not UTF-8 are written as escapes."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
 def read_outcomes(folder: Path) -> list[Outcome]:

@@ -8,7 +8,7 @@ import json
 import re
 import stat
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile, ZipInfo
@@ -53,8 +53,8 @@ def write_folder(files: Files, folder: Path) -> Path:
     return folder
 
 
-def import_bundle(path: Path, bundles: Path) -> str:
-    """Unpack an exported bundle, zip or folder, into `bundles` and return its key.
+def import_bundle(path: Path, bundles: Path, others: Iterable[Path] = ()) -> str:
+    """Unpack an exported bundle, zip or folder, into `bundles` and return its key; none of `others` may have it.
 
     Only what is data is taken: configs, weights and documents. Its copy of this package stays behind, the configs name
     the installed one again. Everything is checked before anything appears. Raises BundleError, OutputError.
@@ -69,7 +69,7 @@ def import_bundle(path: Path, bundles: Path) -> str:
             named_modules(kept[place], f"{path}, {place}")
         except UnicodeDecodeError:
             raise BundleError(f"{path}, {place}", "not UTF-8", AGAIN) from None
-    with _writing(bundles / name), _whole_folder(bundles / name) as partial:
+    with _writing(bundles / name, *(folder / name for folder in others)), _whole_folder(bundles / name) as partial:
         _write_files(kept, partial)
         for place in kept:
             if place.startswith("models/"):
@@ -180,7 +180,7 @@ def _write_files(files: Files, folder: Path) -> None:
 def _writing(*paths: Path) -> Iterator[None]:
     """Raises OutputError where something is there already, or cannot be written."""
     if taken := [path for path in paths if path.exists()]:
-        raise OutputError(taken[0], "is there already", "remove it, or choose another folder")
+        raise OutputError(taken[0], "is there already", "remove it, or choose another folder", output="FOLDER")
     try:
         yield
     except OSError as error:

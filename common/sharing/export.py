@@ -42,11 +42,12 @@ def export_bundle(name: str, folder: Path) -> Path:
     Beside its own files: the part of this package that its configs need, with the sample, as `scripts/_common`;
     requirements.txt; SHA256SUMS. Returns the archive. Raises BundleError, OutputError.
     """
-    metadata, root = bundle.metadata(name), bundle.BUNDLES_DIR / name
+    metadata, root = bundle.metadata(name), bundle.folder_of(name)
     Inputs([root]).check([folder / name, folder / f"{name}.zip"])
-    for weights in {root / "models" / "model.pt", *(root / "models").glob("*.pt")}:
-        load_weights(weights)
     paths = {path.relative_to(root): path for path in root.rglob("*") if path.is_file() and path.name[0] != "."}
+    paths[Path(bundle.WEIGHTS)] = bundle.weights_of(name)
+    for weights in (path for place, path in paths.items() if place.match("models/*.pt")):
+        load_weights(weights)
     files = {place.as_posix(): path.read_bytes() for place, path in paths.items() if place.parts[0] in PARTS}
     configs = {place: content for place, content in files.items() if is_config(place)}
     files |= {place: standalone_config(content) for place, content in configs.items()}
@@ -69,7 +70,7 @@ def export_torchscript(name: str, folder: Path) -> Path:
 
     See `SliceNetwork`; any batch size. Raises BundleError where the method does not allow it, OutputError.
     """
-    Inputs([bundle.BUNDLES_DIR / name]).check([folder / f"{name}.ts"])
+    Inputs([bundle.folder_of(name)]).check([folder / f"{name}.ts"])
     network = load_network(name)
     with _untraceable(name):
         traced = torch.jit.trace(_slice_network(network), example(network, 2), check_trace=False)
@@ -87,7 +88,7 @@ def export_onnx(name: str, folder: Path) -> Path:
     See `SliceNetwork`; any batch size. Raises BundleError where the method does not allow it, or where the packages
     of the extra `onnx` are missing; OutputError.
     """
-    Inputs([bundle.BUNDLES_DIR / name]).check([folder / f"{name}.onnx"])
+    Inputs([bundle.folder_of(name)]).check([folder / f"{name}.onnx"])
     network = load_network(name)
     try:
         runtime, _ = importlib.import_module("onnxruntime"), importlib.import_module("onnxscript")
@@ -163,11 +164,9 @@ class _NoGenerators(list[Generator]):
 
 def load_network(name: str) -> VolumeDetector:
     """The `network_def` of a bundle's inference with its weights, on the CPU. Raises BundleError."""
-    bundle.metadata(name)
-    root = bundle.BUNDLES_DIR / name
-    config = ConfigParser.load_config_file(root / "configs" / "inference.json")
+    config = ConfigParser.load_config_file(bundle.folder_of(name) / "configs" / "inference.json")
     network = ConfigParser(config).get_parsed_content("network_def")
-    load_into(network, root / "models" / "model.pt")
+    load_into(network, bundle.weights_of(name))
     return network.eval()
 
 

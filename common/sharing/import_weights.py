@@ -10,11 +10,9 @@ import contextlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
 from zipfile import is_zipfile
 
 import torch
-import typer
 from monai.bundle import ConfigParser
 from monai.networks.blocks import SpatialAttentionBlock
 from monai.networks.blocks.selfattention import SABlock
@@ -33,13 +31,12 @@ class WeightsImportError(UADError, ValueError):
     """The old weights cannot be read, or do not fit the network."""
 
 
-def import_weights(
-    weights: Annotated[Path, typer.Argument(help="Old .pt file: a state dict, bare or under 'model' or 'state_dict'.")],
-    config: Annotated[Path, typer.Option(help="Config of a bundle that has the network.")],
-    network: Annotated[str, typer.Option(help="Id of the network in the config, such as unet.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="File for the converted weights.")],
-) -> None:
-    """Convert weights that were trained with monai-generative for a network of a bundle: its state dict alone."""
+def import_weights(weights: Path, config: Path, network: str, output: Path) -> None:
+    """Convert weights that were trained with monai-generative for a network of a bundle: its state dict alone.
+
+    weights: the old file, see `read_checkpoint`. config, network: a bundle's config, and the id of the network in it.
+    Raises WeightsImportError, OutputError.
+    """
     Inputs([weights, config]).check([output])
     check_file(output, is_zipfile(output), "a file of weights")
     checkpoint = read_checkpoint(weights)

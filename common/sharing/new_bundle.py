@@ -15,7 +15,7 @@ TODO = "TODO"
 OF_THE_METHOD = ("title", "description", "run_time", "references")  # of the metadata
 SECTIONS = ("Input", "Commands", "License")  # of the model card, which are no claim about the method
 END = "\n```\n"  # of the commands, after which more is said of the numbers of the method
-CONFIG = re.compile(r"configs/(inference|train|train_autoencoder|calibrate|evaluate|multi_gpu_train|metadata)\.json")
+CONFIG = re.compile(r"configs/(inference|(multi_gpu_)?train|train_(autoencoder|gan)|calibrate|evaluate|metadata)\.json")
 COLUMNS = 120
 
 
@@ -25,8 +25,7 @@ def new_bundle(key: str, like: str, folder: Path) -> Path:
     Its configs, licences and the sections of its card that hold for the new one come along, with `key` for `like`; they
     still name the networks of `like`. Configs of its paper stay behind. Raises BundleError, SettingError, OutputError.
     """
-    bundle.metadata(like)
-    root = bundle.BUNDLES_DIR / like
+    root = bundle.folder_of(like)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", key):
         raise SettingError(key, "cannot name a bundle", "use small letters, digits and _")
     name = re.compile(rf"(?<![\w.]){re.escape(like)}(?!\w)")  # not common.methods.LIKE
@@ -52,10 +51,11 @@ def _unclaimed(about: dict[str, Any]) -> dict[str, Any]:
 
 def _card(text: str) -> str:
     """A model card with all headings, and the sections that stay."""
-    _, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    head, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    front = re.sub("^license: .*", f"license: {TODO}", head[: head.rindex("---\n") + 4], flags=re.MULTILINE)
     kept = [s if s.startswith(SECTIONS) else f"{s.splitlines()[0]}\n\n{TODO}\n\n" for s in sections]
     kept = [f"{s.partition(END)[0]}{END}\n" if END in s else s for s in kept]
-    return "## ".join([f"# {TODO}\n\n", *kept])
+    return "## ".join([f"{front}\n# {TODO}\n\n", *kept])
 
 
 def json_layout(value: Any, indent: int = 0, lead: int = 0) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pydoc import locate
 
+from ..bundle import INSTALLED
 from ..errors import BundleError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -73,6 +74,8 @@ def vendored_files(configs: Mapping[str, bytes]) -> dict[str, bytes]:
                 waiting += _imports(ast.parse(found[path]), path.relative_to(PACKAGE).parent.parts)
     texts = b"\n".join([*configs.values(), *found.values()])
     for path in PACKAGE.rglob("*"):
+        if INSTALLED in path.parents:  # the bundles of a wheel are no part of the code
+            continue
         if path.suffix not in {"", ".py", ".pyc"} and path.name.encode() in texts:
             for needed in (path, *path.parent.glob("LICENSE*")):
                 found[needed] = needed.read_bytes()

@@ -13,7 +13,15 @@ from monai.transforms import MapTransform
 from scipy import ndimage
 
 from ..errors import SettingError, SkullStripError
-from ..images.background import background, field_of_view, filled_in, is_negative, zero_of_tissue
+from ..images.background import (
+    background,
+    box_of,
+    field_of_view,
+    filled_in,
+    is_negative,
+    joined_to_border,
+    zero_of_tissue,
+)
 from ..images.check import same_grid, source_name, voxel_volume_ml
 from .deepbet import deepbet_brain_mask
 from .strip import Strip, atlas_brain_mask, hd_bet_brain_mask, largest_component
@@ -175,8 +183,10 @@ def above_background(image: MetaTensor) -> tuple[np.ndarray, float]:
     return above, float(np.percentile(positive.astype(np.float64), 98))
 
 
-def _filled(mask: Any) -> np.ndarray:
-    return np.asarray(ndimage.binary_fill_holes(largest_component(mask)))
+def _filled(mask: np.ndarray) -> np.ndarray:
+    box, filled = box_of(mask), np.zeros(mask.shape, dtype=bool)
+    filled[box] = ~joined_to_border(~largest_component(mask[box]))
+    return filled
 
 
 def check_stripped(image: MetaTensor, mask: MetaTensor, max_ml: float = BRAIN_VOLUME_ML[1]) -> None:

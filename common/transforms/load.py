@@ -23,6 +23,7 @@ from nibabel.wrapstruct import WrapStructError
 from ..errors import CohortError, ImageFileError, ImageGeometryError, ImageIntensityError, ImageShapeError
 from ..images.check import check_geometry, check_intensity, check_shape, same_grid
 from ..images.dicom import choose_series, read_series
+from ..images.dicom_zip import is_archive
 from ..images.itk_image import ITK_SUFFIXES, MAX_VOXELS, read_itk
 from ..images.pointer import check_fetched
 from ..weights import digest
@@ -34,7 +35,7 @@ QUATERNION_ERROR = 1e-3  # of its length: what float32, or a few decimals of tex
 
 
 class LoadImageCheckedd(MapTransform):
-    """Load NIfTI, MGH, NRRD, MetaImage files and folders of a DICOM series; what fails is a `UADError`.
+    """Load NIfTI, MGH, NRRD, MetaImage files, folders and zip archives of a DICOM series; what fails is a `UADError`.
 
     A list of paths, one a modality, becomes one image with a channel each; those on another grid than the first are
     registered to it rigidly. The name keeps "LoadImage": MONAI Deploy, which brings images from memory, drops
@@ -64,7 +65,8 @@ def load_image(path: str | Path, series: str | None = None) -> MetaTensor:
     """(C, H, W, D) float32 with its affine (RAS, mm); C is above 1 where a file holds several volumes.
 
     Args:
-        path: a NIfTI, MGH, NRRD or MetaImage file, the folder of a DICOM series, or a multi-frame DICOM file (`.dcm`).
+        path: a NIfTI, MGH, NRRD or MetaImage file, the folder of a DICOM series, a zip archive of one, or a multi-frame
+            DICOM file (`.dcm`).
         series: which series of the folder, by UID or description.
     Raises UADError.
     """
@@ -73,7 +75,7 @@ def load_image(path: str | Path, series: str | None = None) -> MetaTensor:
         check_fetched(path)
         if not path.exists():
             raise ImageFileError(path, "no such file", "check the path")
-        if path.is_dir() or path.suffix.lower() == ".dcm":
+        if path.is_dir() or path.suffix.lower() == ".dcm" or is_archive(path):
             return read_series(choose_series(path, series))
         return read_itk(path) if path.name.lower().endswith(ITK_SUFFIXES) else read_nifti(path)
     except OSError as error:

@@ -384,14 +384,20 @@ def dice(a: torch.Tensor, b: torch.Tensor) -> float:
     return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
 
 
+def mni_overlap(brain: MetaTensor, to_mni: np.ndarray) -> float:
+    """Dice of a brain, (1, H, W, D) of 0 to 1, brought to MNI152 by (4, 4) RAS mm, and that of the template."""
+    target = template()[1]
+    moved = MetaTensor(brain.as_tensor(), affine=to_mni @ np.asarray(brain.affine))
+    there = onto(moved, (np.asarray(target.affine), tuple(target.shape[1:]))).as_tensor() >= 0.5
+    return dice(there, target.as_tensor() > 0)
+
+
 def _check_mni(to_scan: np.ndarray, image: MetaTensor, inside: MetaTensor) -> None:
-    to_mni, target = np.linalg.inv(to_scan), template()[1]
+    to_mni = np.linalg.inv(to_scan)
     scales = np.linalg.svd(to_mni[:3, :3], compute_uv=False)
     if np.linalg.det(to_mni[:3, :3]) < 0 or scales.min() < SCALES[0] or scales.max() > SCALES[1]:
         raise _failed(image, "MNI152", f"the estimate scales by {scales.min():.2f} to {scales.max():.2f}, or mirrors")
-    moved = MetaTensor(inside.as_tensor(), affine=to_mni @ np.asarray(inside.affine))
-    there = onto(moved, (np.asarray(target.affine), tuple(target.shape[1:]))).as_tensor() >= 0.5
-    if (overlap := dice(there, target.as_tensor() > 0)) < MIN_DICE:
+    if (overlap := mni_overlap(inside, to_mni)) < MIN_DICE:
         raise _failed(image, "MNI152", f"brain and template overlap by a Dice of {overlap:.2f} only")
 
 

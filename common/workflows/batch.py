@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,28 @@ from ..files import discard_partial, replacing
 from ..images.check import root_cause
 from ..locks import locked
 from ..outputs import case_place, check_places
+from ..progress import Progress
+from ..results.read import one_cell
+from ..results.tables import COLUMNS, check_tables, write_tables
 from .engines import DetectionEvaluator
 from .inference import SaveDetections
+
+logger = logging.getLogger("uad")
+
+
+@dataclass(frozen=True)
+class CaseDone:
+    """What became of a case, in plain values, which pass from one process to another.
+
+    verdict: `reliability` and `doubts` of a case that is written. failure: the kind of error, and what is wrong.
+    was_there: the case was written by an earlier run.
+    """
+
+    case: str
+    seconds: float
+    verdict: Mapping[str, Any]
+    was_there: bool = False
+    failure: tuple[str, str] | None = None
 
 
 class StatusTable:
@@ -69,7 +91,7 @@ class StatusTable:
 
     def add(self, case: str, status: str, seconds: float, message: str = "") -> None:
         """Append the line of a case."""
-        row = tuple(_cell(value) for value in (case, status, f"{seconds:.2f}", message))
+        row = tuple(one_cell(value) for value in (case, status, f"{seconds:.2f}", message))
         self.rows[row[0]] = row
         try:
             with locked(self.path.parent, self.path.name), self.path.open("a+b", buffering=0) as file:
@@ -85,19 +107,31 @@ class StatusTable:
     def add_error(self, case: str, error: Exception, seconds: float) -> None:
         """Append the line of a case that failed, and say it on stderr."""
         cause = root_cause(error)
-        self.add(case, type(cause).__name__, seconds, str(cause))
-        _say(f"{type(cause).__name__}: {cause}")
+        self.add_failure(case, type(cause).__name__, str(cause), seconds)
+
+    def add_failure(self, case: str, kind: str, message: str, seconds: float) -> None:
+        """Append the line of a case that failed with this kind of error, and say it on stderr."""
+        self.add(case, kind, seconds, message)
+        _say(f"{kind}: {message}")
+
+    def add_case(self, done: CaseDone) -> None:
+        """Append the line of a case, unless it was there before and has one."""
+        if done.failure is not None:
+            self.add_failure(done.case, *done.failure, done.seconds)
+        elif not (done.was_there and self.is_done(done.case)):
+            self.add_verdict(done.case, done.verdict, done.seconds)
 
     def add_verdict(self, case: str, verdict: Mapping[str, Any], seconds: float) -> None:
         """Append the line of a case that was written, and say it on stderr where it is not reliable."""
         doubts = "; ".join(verdict.get("doubts", ()))
+        logger.info("%s: %s in %.2f s %s", case, verdict.get("reliability", OK), seconds, doubts)
         self.add(case, verdict.get("reliability", OK), seconds, doubts)
         if doubts:
             _say(f"unreliable: {case}: {doubts}")
 
     def is_done(self, case: str) -> bool:
         """Whether the case is there and was written, in this process or in another one."""
-        case = _cell(case)
+        case = one_cell(case)
         if case not in self.rows or self.rows[case][1] not in (OK, UNRELIABLE):
             self.rows |= read_status(self.path) | self._unwritten
         return case in self.rows and self.rows[case][1] in (OK, UNRELIABLE)
@@ -117,15 +151,10 @@ def read_status(path: Path) -> dict[str, tuple[str, ...]]:
     return {row[0]: row for row in rows if len(row) == len(StatusTable.columns)}
 
 
-def _cell(text: str) -> str:
-    """Text in one line, of characters that UTF-8 has: those of a name that is not UTF-8 are written as escapes."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
-
-
 def _say(message: str) -> None:
     """One line on stderr, whatever is in it; a stderr that is closed stops nothing."""
     with suppress(OSError, ValueError):
-        tqdm.write(_cell(message), file=sys.stderr)
+        tqdm.write(one_cell(message), file=sys.stderr)
 
 
 def claimed(folder: Path, items: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -135,14 +164,22 @@ def claimed(folder: Path, items: Sequence[Mapping[str, Any]]) -> Iterator[Mappin
     """
     waiting = []
     for item in items:
-        with locked(folder, f"case {item['subject']}", wait=False) as free:
+        with case_lock(folder, item, wait=False) as free:
             if free:
                 yield item
             else:
                 waiting.append(item)
     for item in waiting:
-        with locked(folder, f"case {item['subject']}"):
+        with case_lock(folder, item):
             yield item
+
+
+def case_lock(folder: Path, item: Mapping[str, Any], wait: bool = True) -> AbstractContextManager[bool]:
+    """The lock of whoever is at a case; see `locked`."""
+    return locked(folder, f"case {item['subject']}", wait)
+
+
+VERDICT = ("reliability", "doubts")
 
 
 class CaseRunner:
@@ -174,6 +211,23 @@ class CaseRunner:
             raise self._error
 
 
+def run_case(runner: CaseRunner, item: Mapping[str, Any], overwrite: bool) -> CaseDone:
+    """Detect in an item of a datalist unless it is finished already; what is wrong with it is said in the result."""
+    case, started = str(item["subject"]), time.perf_counter()
+    try:
+        record = None if overwrite else runner.saver.finished(item)
+        if record is not None:
+            return CaseDone(case, 0, {name: record[name] for name in VERDICT if name in record}, was_there=True)
+        folder, entities = case_place(runner.saver.output_dir, item, runner.evaluator.bundle)
+        discard_partial(folder.parent, entities or folder.name)
+        runner(item)
+        return CaseDone(case, time.perf_counter() - started, runner.saver.verdicts[case])
+    except Exception as error:
+        cause = root_cause(error)
+        logger.error("%s: %s: %s", case, type(cause).__name__, cause, exc_info=error)
+        return CaseDone(case, time.perf_counter() - started, {}, failure=(type(cause).__name__, str(cause)))
+
+
 def status_name(part: tuple[int, int]) -> str:
     """The status table of the i-th of n parts, (i, n), of the cases."""
     return "status.tsv" if part[1] == 1 else f"status_{part[0]}-of-{part[1]}.tsv"
@@ -191,8 +245,11 @@ def check_detection(
     others: what is read beside the images. See `check_places`. Raises OutputError.
     """
     table = output_dir / status_name(part)
-    check_places(output_dir, items, bundle, others, [table])
+    several = [output_dir / name for name in COLUMNS] if len(items) > 1 else []
+    check_places(output_dir, items, bundle, others, [table, *several])
     read_status(table)
+    if several:
+        check_tables(output_dir)
 
 
 def detect_cases(
@@ -210,24 +267,33 @@ def detect_cases(
         overwrite: do finished cases again.
     Raises OutputError where the output folder cannot be written.
     """
-    runner, failed = CaseRunner(workflow), 0
-    output_dir, mine = runner.saver.output_dir, items[part[0] - 1 :: part[1]]
+    runner = CaseRunner(workflow)
+    output_dir, mine = runner.saver.output_dir, part_of(items, part)
+    with Progress(len(mine)) as progress:
+        each = progress.each(claimed(output_dir, mine), lambda item: str(item["subject"]))
+        return write_outcomes((run_case(runner, item, overwrite) for item in each), output_dir, items, part)
+
+
+def part_of(items: Sequence[Mapping[str, Any]], part: tuple[int, int]) -> Sequence[Mapping[str, Any]]:
+    """The i-th of n parts, (i, n), of a datalist."""
+    return items[part[0] - 1 :: part[1]]
+
+
+def write_outcomes(
+    outcomes: Iterable[CaseDone], output_dir: Path, items: Sequence[Mapping[str, Any]], part: tuple[int, int]
+) -> int:
+    """Write the status of each case as it comes, and at the end the tables of several cases; how many failed.
+
+    items: the whole datalist, of which the outcomes are the part. Raises OutputError.
+    """
+    failed, total = 0, len(part_of(items, part))
     with StatusTable(output_dir / status_name(part)) as table:
-        for item in tqdm(claimed(output_dir, mine), total=len(mine), unit="case", disable=None):
-            case, started = str(item["subject"]), time.perf_counter()
-            try:
-                record = None if overwrite else runner.saver.finished(item)
-                if record is None:
-                    folder, entities = case_place(output_dir, item)
-                    discard_partial(folder.parent, entities or folder.name)
-                    runner(item)
-                    table.add_verdict(case, runner.saver.verdicts[case], time.perf_counter() - started)
-                elif not table.is_done(case):
-                    table.add_verdict(case, record, 0)
-            except Exception as error:
-                failed += 1
-                table.add_error(case, error, time.perf_counter() - started)
-    print(f"{len(mine) - failed} of {len(mine)} cases done: {table.path}")
+        for done in outcomes:
+            failed += done.failure is not None
+            table.add_case(done)
+    if len(items) > 1:
+        write_tables(output_dir)
+    print(f"{total - failed} of {total} cases done: {table.path}")
     return failed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..bundle import BUNDLES_DIR, available_bundles, checked_items, load_workflow, metadata
+from ..bundle import PACKAGE, available_bundles, checked_items, folder_of, load_workflow, metadata, weights_place
 from ..cohorts.labelled import check_labelled_cohort
 from ..cohorts.table import cohort_files, cohort_modalities, read_cohort
 from ..detection.fingerprint import Fingerprint
@@ -24,7 +23,7 @@ from ..files import replacing
 from ..images.check import typed_errors
 from ..metrics.baselines import QUANTITIES
 from ..metrics.bootstrap import PAIRED, paired_difference
-from ..outputs import Inputs, check_file, is_result
+from ..outputs import Inputs, check_file, is_result, replicates_path
 from ..report.benchmark_table import LESIONS, SUBJECTS, VOXELS, csv_table, markdown_tables
 from ..results.case import versions
 from ..weights import digest
@@ -33,6 +32,7 @@ from .evaluation import (
     fit_healthy_baselines,
     healthy_training_subjects,
     labelled_case,
+    read_result,
     write_result,
 )
 from .variants import Variant
@@ -115,12 +115,15 @@ def check_output(cohort: Path, output: Path, variants: Iterable[Variant]) -> Non
     results = {output / variant.key / RESULT for variant in variants}
     baselines = ("intensity", "mean_healthy_image", *QUANTITIES)
     results |= {path for name in baselines for path in output.glob(f"{name}_*/{RESULT}")}
-    weights = [BUNDLES_DIR / variant.bundle / "models" / "model.pt" for variant in variants]
-    Inputs([*cohort_files(cohort), *weights]).check([*tables, *sorted(results)])
+    weights = [weights_place(variant.bundle) for variant in variants]
+    beside = [replicates_path(result) for result in sorted(results)]
+    Inputs([*cohort_files(cohort), *weights]).check([*tables, *sorted(results), *beside])
     for table in tables:
         check_file(table, is_result(tables[0], "cohort", "methods"), "of an earlier benchmark")
     for result in sorted(results):
         check_file(result, is_result(result, "key", "kind"), "an earlier result of a benchmark")
+    for path in beside:
+        check_file(path, is_result(path, "replicates"), "of an earlier result of a benchmark")
 
 
 def cohort_digest(cohort: Path, modalities: Sequence[str]) -> str:
@@ -132,7 +135,7 @@ def cohort_digest(cohort: Path, modalities: Sequence[str]) -> str:
 
 def config_digest(bundle: str) -> str:
     """Of the configs that its results depend on."""
-    return digest([BUNDLES_DIR / bundle / "configs" / name for name in ("inference.json", "evaluate.json")])
+    return digest([folder_of(bundle) / "configs" / name for name in ("inference.json", "evaluate.json")])
 
 
 def fingerprint(variant: Variant, seed: int, options: Options) -> str:
@@ -154,12 +157,14 @@ def fingerprint(variant: Variant, seed: int, options: Options) -> str:
 def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result in a folder, if it is that of these weights and settings, this cohort, seed and options."""
     try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        result = read_result(folder / RESULT)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if not isinstance(result, dict) or any(result.get(name) != value for name, value in identity.items()):
         return None
-    if any(name not in result for name in (*VOXELS, *SUBJECTS, *LESIONS, "sites")):  # of an earlier version
+    if any(
+        name not in result for name in (*VOXELS, *SUBJECTS, *LESIONS, "sites", "replicates")
+    ):  # of an earlier version
         return None
     say(f"{folder.name}: was finished before")
     return result
@@ -218,23 +223,24 @@ def evaluate_apart(
         flags += [f"--{name}", value] if isinstance(value, str) else [f"--{name}" if value else f"--no-{name}"]
     program = str(__package__).rpartition(".")[0]
     command = [sys.executable, "-m", program, "evaluate", str(cohort.resolve()), "-o", str(evaluation)]
-    command += ["-m", variant.bundle, "--seed", str(identity["seed"]), "--no-baselines", *flags]
+    command += ["-m", variant.bundle, "--seed", str(identity["seed"]), "--no-baselines", "-q", *flags]
     command += [f"--set={item}" for item in variant.items]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).unlink(missing_ok=True)  # of other weights, of another cohort
     done = subprocess.run(  # noqa: S603 - this program
-        command, cwd=BUNDLES_DIR.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+        command, cwd=PACKAGE.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
     )
     seconds = time.perf_counter() - started
     if done.returncode or not evaluation.is_file():
         message = (done.stderr.strip().splitlines() or [f"ended with exit code {done.returncode}"])[-1]
         say(f"{variant.key}: failed after {seconds:.0f} s: {message}")
         raise MethodFailedError(message)
-    result = json.loads(evaluation.read_text(encoding="utf-8"))
+    result = read_result(evaluation)
     modalities = metadata(variant.bundle)["modalities"]
     result |= {"key": variant.key, "kind": "method", "modalities": modalities, **identity}
     write_result(result, folder / RESULT)
     evaluation.unlink()
+    replicates_path(evaluation).unlink()
     say(f"{variant.key}: {seconds:.0f} s")
     return result
 

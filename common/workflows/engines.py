@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..detection.volume import VolumeDetector
+from ..devices import moved
 from ..errors import UADError, one_line
 from ..images.check import root_cause, typed_errors
 from ..recorded import Recorded
@@ -65,7 +66,7 @@ class DetectionEvaluator(SupervisedEvaluator):
         super().__init__(
             device=device,
             val_data_loader=val_data_loader,
-            network=network.to(device),
+            network=moved(network, device),
             inferer=inferer,
             postprocessing=postprocessing,
         )

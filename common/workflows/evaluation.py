@@ -27,7 +27,7 @@ from ..images.check import voxel_volume_ml
 from ..metrics import DetectionMetrics, intensity_threshold
 from ..metrics.baselines import DIRECTIONS, Direction, HealthyBaselines
 from ..metrics.paper_slices import PaperSlices
-from ..outputs import check_result, input_files
+from ..outputs import check_result, input_files, replicates_path
 from ..results.case import versions
 from ..transforms.load import load_lesion
 from ..transforms.postprocess import intensity_unit, intensity_zero, to_input_grid
@@ -169,7 +169,9 @@ class Evaluate:
     def check(self, engine: Engine) -> None:
         """Before the first subject: no result is written over an input. Raises OutputError."""
         data = getattr(getattr(engine.state.dataloader, "dataset", None), "data", ())
-        check_result(self.result, [*input_files(data), self.evaluator.weights], "bundle", "weights_sha256")
+        inputs = [*input_files(data), self.evaluator.weights]
+        check_result(self.result, inputs, "bundle", "weights_sha256")
+        check_result(replicates_path(self.result), inputs, "replicates")
 
     def fit_baselines(self, engine: Engine) -> None:
         """Before the first subject. Raises CohortError, or what the preprocessing raises."""
@@ -217,11 +219,11 @@ class Evaluate:
         network = self.evaluator.network
         seed, calibration = network.seed, network.calibration
         fingerprint = Fingerprint.of(network, self.evaluator.preprocessing, self.evaluator.weights)
+        measured = self.metrics.compute(seed)
+        lists = {name: measured.pop(name) for name in ("curves", "slice_scores")}
         result = {
+            **measured,
             "bundle": self.evaluator.bundle,
-            **self.metrics.compute(seed),
-            "protocols": self.protocols.compute(),
-            **({} if self.baselines is None else {"baselines": self.baselines.compute(seed)}),
             "threshold": self.threshold,
             "threshold_origin": calibration.origin(self.threshold),
             "run_time": self.run_time.result(),
@@ -229,14 +231,39 @@ class Evaluate:
             "fingerprint": fingerprint.digest,
             "warnings": said(fingerprint.calibration_warning(calibration.settings)),
             "versions": versions(),
+            "protocols": self.protocols.compute(),
+            **({} if self.baselines is None else {"baselines": self.baselines.compute(seed)}),
+            **lists,
         }
         write_result(result, self.result)
 
 
 def write_result(result: Mapping[str, Any], path: Path) -> None:
-    """Write a result as JSON, an undefined number as null."""
+    """Write a result as JSON, an undefined number as null; its bootstrap replicates into a file of their own beside."""
+    kept = {name: value for name, value in result.items() if name != "replicates"}
+    if "baselines" in result:
+        kept["baselines"] = {
+            key: {name: value for name, value in found.items() if name != "replicates"}
+            for key, found in result["baselines"].items()
+        }
+    if "replicates" in result:  # first: a result is never without those that belong to it
+        of_all = {key: found["replicates"] for key, found in result.get("baselines", {}).items()}
+        replicates = {"replicates": result["replicates"], **({"baselines": of_all} if of_all else {})}
+        _write_json(replicates, replicates_path(path), indent=None)
+    _write_json(kept, path, indent=2)
+
+
+def _write_json(content: Mapping[str, Any], path: Path, indent: int | None) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What `write_result` wrote, without the replicates of baselines. Raises OSError or ValueError."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(result, dict) and "replicates" not in result and replicates_path(path).is_file():
+        result["replicates"] = json.loads(replicates_path(path).read_text(encoding="utf-8"))["replicates"]
+    return result
 
 
 def _oriented(volume: MetaTensor) -> MetaTensor:

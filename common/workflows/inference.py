@@ -15,7 +15,7 @@ import numpy as np
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
-from ..cohorts.bids import write_description
+from ..cohorts.bids import describe_outputs, write_description
 from ..detection.fingerprint import Fingerprint, differences
 from ..detection.reliability import UNRELIABLE
 from ..detection.volume import volume_mean
@@ -98,7 +98,7 @@ class SaveDetections:
 
         Raises OutputError where it is another case.
         """
-        path = record_path(*case_place(self.output_dir, item))
+        path = record_path(*case_place(self.output_dir, item, self.evaluator.bundle))
         if not path.is_file():
             return None
         try:
@@ -163,11 +163,13 @@ class SaveDetections:
                 "image": str(Path(source_name(batch["input"])).absolute()),  # for the report, which shows the scan
                 "seconds": round(time.perf_counter() - self._started, 3),
             }
-            folder, entities = case_place(self.output_dir, batch)
+            folder, entities = case_place(self.output_dir, batch, self.evaluator.bundle)
             try:
+                sidecars = None
                 if entities is not None:
-                    write_description(self.output_dir, self.evaluator.bundle)
-                failure = write_case(folder, entities, case, result, run)
+                    write_description(self.output_dir, self.evaluator.bundle, batch["dataset"])
+                    sidecars = describe_outputs(self.evaluator.bundle, batch["sources"])
+                failure = write_case(folder, entities, case, result, run, sidecars)
             except OSError as error:
                 fact = f"cannot be written ({error.strerror or error})"
                 raise OutputError(folder, fact, "choose another output folder, or make room in it") from error

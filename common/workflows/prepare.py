@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from monai.data import MetaTensor
 from monai.transforms import SpatialResample
-from tqdm import tqdm
 
 from ..cohorts.table import cohort_files, cohort_modalities, read_cohort, write_cohort
 from ..files import discard_partial, replacing
 from ..outputs import RECORD, Inputs, check_file
+from ..progress import Progress
 from ..results.case import save_nifti
 from ..transforms.load import load_lesion
 from ..transforms.pipeline import BrainPreprocessing
@@ -36,8 +36,8 @@ def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool
         spacing_mm, percentile=98.0, upper=0.8, canvas=0, channels=len(modalities), register=register, strip=strip
     )
     failed = set()
-    with StatusTable(table_path) as table:
-        for item in tqdm(claimed(output, items), total=len(items), unit="subject", disable=None):
+    with StatusTable(table_path) as table, Progress(len(items), "subject") as progress:
+        for item in progress.each(claimed(output, items), lambda item: str(item["subject"])):
             subject, started = str(item["subject"]), time.perf_counter()
             files = [output / name for name in paths[subject].values()]
             try:

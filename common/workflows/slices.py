@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..errors import SettingError
 from ..networks.latent_space import LatentSpace
+from ..recorded import Recorded
+from .slice_cache import SliceCache
 
 
 class SliceDataset(Dataset):
-    """All slices with enough foreground of all volumes, prepared once and kept in memory as float16.
+    """All slices with enough foreground of all volumes, prepared once and kept as float16, in memory or on disk.
 
     An item is `image` (C, H, W) float32 and `foreground` (1, H, W) bool.
 
@@ -30,6 +34,12 @@ class SliceDataset(Dataset):
         axis: spatial axis along which slices are taken.
         min_foreground: slices with fewer foreground pixels are left out; the tip of a brain teaches little.
         augmentation: MONAI dictionary transforms of an item, drawn anew each time.
+        middle: of each volume only so many slices, the middle ones of those with foreground; None for all.
+        cache_dir: folder of a `SliceCache`, which takes the place of the memory; the items are the same.
+        processes: that fill the cache.
+
+    Raises SettingError where `cache_dir` is given and the preprocessing does not record its settings, and what
+    `SliceCache` raises.
     """
 
     def __init__(
@@ -39,14 +49,30 @@ class SliceDataset(Dataset):
         axis: int = 2,
         min_foreground: int = 1,
         augmentation: Sequence[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None,
+        middle: int | None = None,
+        cache_dir: str | Path | None = None,
+        processes: int = 1,
     ) -> None:
-        volumes = []
-        for item in tqdm(data, desc="prepare"):
-            slices = preprocessing(item)["image"].as_tensor().movedim(axis + 1, 0)
-            enough = (slices > 0).any(dim=1).flatten(1).sum(dim=1) >= min_foreground
-            volumes.append(slices[enough].half())
-        self.images = torch.cat(volumes)
+        self.preprocessing = preprocessing
+        self.axis = axis
+        self.min_foreground = min_foreground
+        self.middle = middle
+        self.images: Tensor | SliceCache
+        if cache_dir is None:
+            self.images = torch.cat([self._slices(item) for item in tqdm(data, desc="prepare")])
+        elif isinstance(preprocessing, Recorded):
+            settings = [preprocessing, axis, min_foreground, middle]
+            self.images = SliceCache(cache_dir, data, self._slices, settings, processes)
+        else:
+            fact = f"{type(preprocessing).__name__} does not record its settings, so that a change would not be seen"
+            raise SettingError("cache_dir", fact, "leave out the cache")
         self.augmentation = Compose(augmentation) if augmentation else None
+
+    def _slices(self, item: Mapping[str, Any]) -> Tensor:
+        """(n, C, H, W) float16 of a volume."""
+        slices = self.preprocessing(dict(item))["image"].as_tensor().movedim(self.axis + 1, 0)
+        enough = (slices > 0).any(dim=1).flatten(1).sum(dim=1) >= self.min_foreground
+        return middle_of(slices[enough], self.middle).half()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -56,8 +82,15 @@ class SliceDataset(Dataset):
         item = {"image": image, "foreground": (image > 0).any(dim=0, keepdim=True)}
         if self.augmentation is None:
             return item
-        # MONAI's transforms return MetaTensors, whose affines after a flip do not collate
-        return {key: convert_to_tensor(value, track_meta=False) for key, value in self.augmentation(item).items()}
+        # MONAI's transforms return MetaTensors, whose affines after a flip do not collate, and resampled masks as float
+        changed = {key: convert_to_tensor(value, track_meta=False) for key, value in self.augmentation(item).items()}
+        return changed | {"foreground": changed["foreground"] > 0}
+
+
+def middle_of(slices: Tensor, count: int | None) -> Tensor:
+    """The `count` middle slices of (N, ...), all where there are fewer or `count` is None."""
+    left_out = 0 if count is None else max(0, len(slices) - count)
+    return slices[left_out // 2 : len(slices) - (left_out - left_out // 2)]
 
 
 class LatentDataset(Dataset):
@@ -96,9 +129,15 @@ def latents(
     latent_space: LatentSpace,
     augmentation: Sequence[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None,
     copies: int = 1,
+    middle: int | None = None,
+    cache_dir: str | Path | None = None,
+    processes: int = 1,
 ) -> LatentDataset:
     """The `LatentDataset` of the `SliceDataset` of volumes."""
-    return LatentDataset(SliceDataset(data, preprocessing, augmentation=augmentation), latent_space, copies)
+    slices = SliceDataset(
+        data, preprocessing, augmentation=augmentation, middle=middle, cache_dir=cache_dir, processes=processes
+    )
+    return LatentDataset(slices, latent_space, copies)
 
 
 def shuffled(dataset: Dataset, batch_size: int, **settings: Any) -> DataLoader:

@@ -147,6 +147,7 @@ class ObjectiveTrainer(SupervisedTrainer):
                 *train_handlers,
             ],
             decollate=False,
+            optim_set_to_none=True,  # what a step does not train, Adam leaves as it is; of gradients of 0 it learns
         )
 
 

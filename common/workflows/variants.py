@@ -8,7 +8,7 @@ from pathlib import Path
 
 from monai.bundle import ConfigParser
 
-from ..bundle import BUNDLES_DIR, check_items, metadata, parse_items, split_settings
+from ..bundle import check_items, folder_of, parse_items, split_settings
 from ..errors import BundleError
 
 
@@ -35,8 +35,7 @@ class Variant:
     def config(self) -> Path:
         """Its inference.json. Raises BundleError where there is none."""
         if not self.bundle.endswith(".json"):
-            metadata(self.bundle)
-            return BUNDLES_DIR / self.bundle / "configs" / "inference.json"
+            return folder_of(self.bundle) / "configs" / "inference.json"
         if not Path(self.bundle).is_file():
             raise BundleError(self.bundle, "no such file", "give the path of an inference.json")
         return Path(self.bundle)

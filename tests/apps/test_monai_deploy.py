@@ -53,7 +53,7 @@ def deidentified():
 def write(folder, series, image):
     mask = MetaTensor((image.as_tensor() > 500).to(torch.uint8), meta=image.meta)
     case = Case("scan", image=image, brain=mask, anomaly_map=image / 1000, reconstruction=image, segmentation=mask)
-    save_dicom(case, series, folder, "dae", "0.1.0")
+    save_dicom(case, series, folder, "dae", "0.1.0", 0.5)
     return {name: pydicom.dcmread(folder / f"{name}.dcm") for name in ("segmentation", "anomaly_map")}
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from common.cohorts.bids import find_scans, is_bids, write_description
+from common.cohorts.bids import check_dataset, describe_outputs, find_scans, is_bids, write_description
 from common.cohorts.cases import find_cases
 from common.errors import CohortError
 
@@ -37,6 +37,8 @@ def test_every_scan_of_one_modality_is_a_case(root):
         "subject": "sub-02_ses-a_run-2",
         "image": str(root / FILES[5]),
         "derivative": "sub-02/ses-a/anat/sub-02_ses-a_run-2",
+        "dataset": str(root),
+        "sources": ["bids:source:sub-02/ses-a/anat/sub-02_ses-a_run-2_T1w.nii"],
     }
     assert find_cases(root, ["T1"]) == items
     assert [item["image"] for item in find_scans(root, ["T1CE"])] == [str(root / FILES[2])]
@@ -49,6 +51,8 @@ def test_several_modalities_are_one_case_a_session(root):
         "subject": "sub-01",
         "image": [str(root / FILES[1]), str(root / FILES[0])],
         "derivative": "sub-01/anat/sub-01",
+        "dataset": str(root),
+        "sources": ["bids:source:sub-01/anat/sub-01_FLAIR.nii.gz", "bids:source:sub-01/anat/sub-01_T1w.nii.gz"],
     }
     assert items[1]["image"][0] == str(root / "sub-02/ses-a/anat/sub-02_ses-a_FLAIR.nii.gz")  # said when it is opened
 
@@ -70,15 +74,35 @@ def test_nothing_of_a_modality(root):
         find_scans(root, ["T2"])
 
 
-def test_description_is_written_once(tmp_path):
-    write_description(tmp_path, "dae")
-    path = tmp_path / "dataset_description.json"
-    description = json.loads(path.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("place", ["out", "data/derivatives/uad-dae"])
+def test_description_is_written_once_and_links_the_scans(place, tmp_path):
+    data, out = tmp_path / "data", tmp_path / place
+    data.mkdir()
+    write_description(out, "dae", str(data))
+    paths = [out / "dataset_description.json", out / ".bidsignore"]
+    description = json.loads(paths[0].read_text(encoding="utf-8"))
     assert description["DatasetType"] == "derivative"
     assert description["GeneratedBy"][0]["Name"] == "uad-bundles"
-    path.write_text("mine", encoding="utf-8")
-    write_description(tmp_path, "dae")
-    assert path.read_text(encoding="utf-8") == "mine"
+    assert description["DatasetLinks"] == {"source": data.as_uri() if place == "out" else "../.."}
+    for path in paths:
+        path.write_text("mine", encoding="utf-8")
+    write_description(out, "dae", str(data))
+    assert [path.read_text(encoding="utf-8") for path in paths] == ["mine"] * 2
+
+
+def test_sidecars_say_what_each_image_was_made_of():
+    sources = ["bids:source:sub-01/anat/sub-01_T1w.nii.gz", "bids:source:sub-01/anat/sub-01_FLAIR.nii.gz"]
+    described = describe_outputs("dae", sources)
+    assert set(described) == {"anomaly_map.json", "segmentation.json", "reconstruction.json"}
+    for sidecar in described.values():
+        assert (sidecar["Sources"], sidecar["SpatialReference"]) == (sources, sources[0])
+        assert "dae" in sidecar["Description"]
+    assert described["segmentation.json"]["Type"] == "Lesion"
+
+
+def test_folder_that_is_no_dataset(tmp_path):
+    with pytest.raises(CohortError, match="no BIDS dataset"):
+        check_dataset(tmp_path)
 
 
 def add(root, *names):

@@ -1,5 +1,6 @@
 import csv
 from collections import Counter
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from common.cli import app
-from common.cohorts.glioma import SPLIT
+from common.cohorts.glioma import LAYOUTS, SPLIT, at_random
 from common.cohorts.table import read_cohort
 
 
@@ -48,9 +49,9 @@ def test_recorded_split_and_patients_beyond_it_test(tcga_lgg):
     assert found == {name: recorded[name] for name in found}
 
 
-@pytest.mark.parametrize(("layout", "counts"), [("brats2020", (3, 1, 2)), ("tcga_lgg", (12, 3, 5))])
-def test_patients_are_split_60_15_25_without_overlap(layout, counts, request):
-    """Two of the five of BraTS that train have no two slices without tumour, which would be a volume."""
+@pytest.mark.parametrize(("layout", "counts"), [("brats2020", (4, 1, 1)), ("tcga_lgg", (12, 3, 5))])
+def test_patients_are_split_without_overlap(layout, counts, request):
+    """Two of the six of BraTS that train have no two slices without tumour, which would be a volume."""
     _, out = request.getfixturevalue(layout)
     splits = {}
     for row in rows_of(out):
@@ -58,6 +59,31 @@ def test_patients_are_split_60_15_25_without_overlap(layout, counts, request):
     assert all(len(split) == 1 for split in splits.values())
     found = Counter(next(iter(split)) for split in splits.values())
     assert tuple(found[split] for split in ("train", "val", "test")) == counts
+
+
+@pytest.mark.parametrize(("layout", "counts"), [("brats2020", (286, 47, 36)), ("brats2021", (295, 37, 37))])
+def test_shares_are_those_of_the_papers(layout, counts):
+    patients = [Path(f"{number:03d}") for number in range(369)]
+    parts = at_random(patients, LAYOUTS[layout].shares)
+    assert tuple(len(parts[split]) for split in ("train", "val", "test")) == counts
+    assert sorted(patient for part in parts.values() for patient in part) == patients
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 10])
+def test_of_few_patients_each_split_has_one(count):
+    parts = at_random([Path(str(number)) for number in range(count)], LAYOUTS["brats2021"].shares)
+    assert min(map(len, parts.values())) == 1
+
+
+def test_brats_2021_is_the_twenty_middle_slices(tmp_path, write_patient, make_cohort):
+    for number in range(1, 5):
+        name = f"BraTS2021_{number:05d}"
+        write_patient(tmp_path / "data" / name / name, ("flair", "t1", "t1ce", "t2"), 155, range(80, 80 + number))
+    make_cohort("glioma", tmp_path / "data", tmp_path / "out", "--layout", "brats2021")
+    rows = rows_of(tmp_path / "out")
+    depths = {row["subject"]: nib.load(tmp_path / "out" / row["T2"]).shape[2] for row in rows}
+    assert {depths[row["subject"]] for row in rows if row["lesion"]} == {20}
+    assert all(depths[row["subject"]] == 20 - int(patient_of(row)[-1]) for row in rows if not row["lesion"])
 
 
 def test_patients_with_a_copied_modality_are_left_out(brats2020):

@@ -82,7 +82,10 @@ def test_uncompressed_files_are_found_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("files", "message"),
-    [([], "no **/wmh.nii"), (FILES["wmh"][1:4], "T1.nii.gz: no such file beside the lesion mask")],
+    [
+        ([], "no lesion masks wmh.nii*; the layout wmh has T1, FLAIR beside each"),
+        (FILES["wmh"][1:4], "T1.nii.gz: no such file beside the lesion mask"),
+    ],
 )
 def test_what_is_not_there_is_one_line(files, message, tmp_path):
     (tmp_path / "data").mkdir()

@@ -102,9 +102,10 @@ def sample_case(bundle, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bundle_cohort(inference, metadata, write_cohort, tmp_path_factory):
-    """A cohort of what the bundle looks at: its modalities, brains or whole heads."""
+    """A cohort of what the bundle looks at: its modalities, and those that it learns from; brains or whole heads."""
     whole_head = isinstance(inference.get_parsed_content("preprocessing"), HeadPreprocessing)
-    return write_cohort(tmp_path_factory.mktemp("cohort"), metadata["modalities"], whole_head)
+    modalities = metadata.get("training_modalities", metadata["modalities"])
+    return write_cohort(tmp_path_factory.mktemp("cohort"), modalities, whole_head)
 
 
 @pytest.fixture(scope="session")

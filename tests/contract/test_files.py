@@ -6,6 +6,7 @@ import re
 import zipfile
 
 import pytest
+import yaml
 
 from common.bundle import BUNDLES_DIR
 from common.weights import sha256
@@ -89,6 +90,19 @@ def test_no_paths_of_somebodys_machine(bundle):
 def test_card_has_all_headings_in_order(card):
     found = re.findall(r"^#{1,3} (?:Model )?(.+?)\s*$", card, flags=re.MULTILINE)
     assert [heading for heading in found if heading in HEADINGS] == HEADINGS
+
+
+def test_card_begins_with_what_model_hubs_read(card, metadata):
+    """The licence of the weights by the hubs' name of it, and how the model is found."""
+    _, front, text = card.split("---\n", 2)
+    about = yaml.safe_load(front)
+    assert about["license"] == metadata["weights_license"].lower().replace(" ", "-")
+    assert about["library_name"] == "monai"
+    assert about["pipeline_tag"] == "image-segmentation"
+    assert {"monai", "medical", "anomaly-detection", {"MR": "mri", "CT": "ct"}[metadata["modality"]]} <= set(
+        about["tags"]
+    )
+    assert text.startswith("\n# ")
 
 
 def test_card_is_finished(card):

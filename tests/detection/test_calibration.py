@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from common.detection.calibration import Calibration, origin_in_words
+from common.detection.calibration import Calibration, origin_in_words, percentile_in_words
 
 
 def fitted(scores):
@@ -126,3 +126,28 @@ def test_empty_map_has_no_percentile():
 )
 def test_origin_in_words(origin, words):
     assert origin_in_words(origin) == words
+
+
+@pytest.mark.parametrize(
+    ("percentile", "origin", "words", "short"),
+    [
+        (
+            100.0,
+            {"subjects": 26},
+            "higher than in all 26 healthy subjects of the calibration; another healthy subject may score higher",
+            "all 26 healthy",
+        ),
+        (
+            97.4,
+            {"subjects": 26},
+            "higher than in 97 % of the 26 healthy subjects of the calibration",
+            "97 % of the 26 healthy",
+        ),
+        (0.0, {"kind": "given"}, "higher than in 0 % of the healthy subjects of the calibration", "0 % of the healthy"),
+        (None, {"subjects": 26}, "not compared with healthy subjects", "-"),
+    ],
+)
+def test_percentile_in_words(percentile, origin, words, short):
+    record = {"volume_score_percentile": percentile, "threshold_origin": origin}
+    assert percentile_in_words(record) == words
+    assert percentile_in_words(record, short=True) == short

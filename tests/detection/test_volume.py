@@ -5,6 +5,7 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
+from common.detection.mahalanobis import mahalanobis_map
 from common.detection.method import AnomalyDetector, noise_like
 from common.detection.volume import VolumeDetector, smoothed_within, volume_mean
 from common.errors import BundleError, SettingError
@@ -298,3 +299,48 @@ def test_score_of_a_volume_is_the_mean_over_the_slices_with_foreground():
     assert volume_mean(torch.tensor([torch.nan, 2.0, 7.0, torch.nan])) == 4.5
     assert volume_mean(torch.tensor([torch.nan])) is None
     assert volume_mean(None) is None
+
+
+class Drawing(AnomalyDetector):
+    """Reconstructs half the image, and noise; its map says nothing."""
+
+    size_divisor = 4
+
+    def _detect(self, image, foreground, generators):
+        reconstruction = (image / 2 + 0.1 * noise_like(image, generators)).clamp(0, 1)
+        return torch.full_like(image[:, :1], 7.0), reconstruction
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_several_reconstructions_can_be_combined_by_their_covariance(mirror):
+    image = volume(1, 1, 6, 7, 3)
+    image[:, :, 0] = 0
+    one = {"mirror": mirror, "batch_size": 2}
+    result = VolumeDetector(Drawing(), num_seeds=3, combine="mahalanobis", **one).eval()(image)
+    draws = [VolumeDetector(Drawing(), seed=seed).eval()(image)[:, 1:] for seed in range(3)]
+    if mirror:
+        flipped = [VolumeDetector(Drawing(), seed=seed).eval()(image.flip(2))[:, 1:].flip(2) for seed in range(3)]
+        draws = [draw for pair in zip(draws, flipped, strict=True) for draw in pair]
+    torch.testing.assert_close(result[:, 1:], torch.stack(draws).mean(dim=0))
+    for z in range(3):
+        expected = mahalanobis_map(
+            image[..., z], torch.stack([draw[..., z] for draw in draws]), image[..., z] > 0, 0.01
+        )
+        torch.testing.assert_close(result[:, :1, ..., z], expected, atol=1e-4, rtol=1e-4)
+        assert not result[:, :1, 0, :, z].any()
+
+
+def test_combined_by_their_covariance_the_batch_size_does_not_matter():
+    image = volume(2, 2, 5, 6, 4)
+    results = [
+        VolumeDetector(Drawing(), num_seeds=2, combine="mahalanobis", batch_size=size).eval()(MetaTensor(image))
+        for size in (1, 3, 16)
+    ]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [{"num_seeds": 1}, {"num_seeds": 4, "regularisation": 0.0}])
+def test_one_reconstruction_has_no_covariance(settings):
+    with pytest.raises(SettingError, match="two seeds"):
+        VolumeDetector(Drawing(), combine="mahalanobis", **settings)

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from common.images.background import background, field_of_view, filled_in, is_negative, zero_of_tissue
+from common.images.background import (
+    background,
+    box_of,
+    field_of_view,
+    filled_in,
+    is_negative,
+    joined_to_border,
+    zero_of_tissue,
+)
 
 
 @pytest.fixture
@@ -87,3 +96,17 @@ def test_zero_is_where_the_mean_was_taken_away_from(tissue):
     assert zero.tolist() == [-110]
     masked = np.where(ball, shifted, 0).astype(np.float32)
     assert zero_of_tissue(masked, ball, background(masked)).item() == pytest.approx(-110, abs=6)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_what_does_not_hang_together_with_the_border_are_the_holes(share):
+    """By another way: SciPy's, which grows the outside step by step."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(3).normal(size=(20, 24, 16)), 1)
+    solid = noise > np.quantile(noise, share)
+    assert np.array_equal(~joined_to_border(~solid), ndimage.binary_fill_holes(solid))
+
+
+def test_box_is_the_smallest():
+    inside = np.zeros((6, 7, 8), dtype=bool)
+    inside[1, 2, 3] = inside[4, 2, 7] = True
+    assert box_of(inside) == (slice(1, 5), slice(2, 3), slice(3, 8))

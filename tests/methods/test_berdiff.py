@@ -15,9 +15,11 @@ from common.detection.volume import VolumeDetector
 from common.diffusion.bernoulli import BernoulliScheduler
 from common.errors import ImageShapeError, SettingError
 from common.methods.berdiff import (
+    LOGIT_ERROR,
     BerDiff,
     BerDiffObjective,
     BinaryAutoencoderObjective,
+    decided,
     flip_unet,
     in_equal_batches,
     uniform_like,
@@ -264,6 +266,74 @@ def test_bits_of_a_slice_do_not_depend_on_its_batch():
             assert torch.equal(in_equal_batches(unet, 4, z[index], t[index]), together[index])
 
 
+@pytest.mark.parametrize("P", [0.0, 0.5])
+def test_draws_of_a_slice_do_not_depend_on_its_batch(P):
+    """Of such a network: the same bits alone as in a full batch, nearly always without filling up the batch."""
+    torch.manual_seed(0)
+    unet = flip_unet(16, (32, 64, 128), 1, (False, True, True)).eval()
+    for parameter in unet.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    detector, sizes = tiny(unet, P=P, batch_size=4), []
+    unet.register_forward_hook(lambda module, inputs, logits: sizes.append(len(logits)))
+    z = code(4, 16, 24, 24)
+    with torch.no_grad():
+        together, mask = detector.sample(z, generators(0, 1, 2, 3))
+        assert sizes == [4] * 5
+        for index in ([3], [1, 0]):
+            sizes.clear()
+            alone, own_mask = detector.sample(z[index], generators(*index))
+            assert torch.equal(alone, together[index])
+            assert torch.equal(own_mask, mask[index])
+            assert sizes.count(len(index)) == 5
+
+
+@pytest.mark.parametrize("error", [-0.5, 0.5])
+def test_decision_that_rounding_could_change_is_that_of_a_full_batch(error):
+    """A network whose logits are other ones in a full batch, by less than the error that is allowed for."""
+    u = torch.rand(4, 50, generator=torch.Generator().manual_seed(1))
+    near = torch.logit(u) + error * LOGIT_ERROR / 2  # in a full batch on the other side of u
+    calls = []
+
+    def network(x):
+        calls.append(len(x))
+        return x - error * LOGIT_ERROR * (len(x) == 4)
+
+    def decide(logits, u):
+        return logits.sigmoid() > u, logits > 3
+
+    far = torch.logit(u) + 0.1
+    for logits, expected_calls in ((near, [2, 4]), (far, [2])):
+        full = decided(network, decide, 4, (logits,), (u,))
+        calls.clear()
+        alone = decided(network, decide, 4, (logits[:2],), (u[:2],))
+        assert all(torch.equal(one, both[:2]) for one, both in zip(alone, full, strict=True))
+        assert calls == expected_calls
+    assert (decide(near, u)[0] != decide(network(near), u)[0]).any()
+
+
+@pytest.mark.parametrize("error", [0.0, 0.9])
+def test_bits_that_rounding_could_change_are_those_of_a_full_batch(error, monkeypatch):
+    """Of an encoder that gives other probabilities in a full batch, by less than the error that is allowed for."""
+    detector, image, seeds, sizes = tiny(num_passes=3), slices(2), torch.tensor([1, 2]), []
+    _, std = detector.latent_space.posterior(image)
+    u = uniform_like(std, generators(1, 2))  # of the first pass
+
+    def posterior(x):
+        sizes.append(len(x))
+        off = LOGIT_ERROR * std[: len(x)] * (0.5 if len(x) == 2 else -0.5)
+        return u[: len(x)] + (error * off if error else 0.1), std[: len(x)]
+
+    drawn = []
+    monkeypatch.setattr(detector.latent_space, "posterior", posterior)
+    monkeypatch.setattr(detector, "sample", lambda z, g: drawn.append(z) or BerDiff.sample(detector, z, g))
+    detector.detect(image, seeds=seeds)
+    together, sizes[:] = list(drawn), []
+    drawn.clear()
+    detector.detect(image[:1], seeds=seeds[:1])
+    assert all(torch.equal(one, both[:1]) for one, both in zip(drawn, together, strict=True))
+    assert sizes == ([1, 2] if error else [1])
+
+
 def test_volumes_with_meta_data_as_inference_has_them():
     volume = slices(3)[:, 0].movedim(0, -1)[None]
     batch = list_data_collate([{"image": MetaTensor(volume, meta={"filename_or_obj": "a.nii.gz"})}])["image"]
@@ -287,18 +357,20 @@ def test_bits_of_the_input_are_drawn():
     assert not torch.equal(decoded[0], (p > 0.5).float())
 
 
+@pytest.mark.parametrize("compared_with", ["image", "decoded"])
 @pytest.mark.parametrize("combine", ["maps", "reconstructions", "mahalanobis"])
-def test_passes_are_combined(combine):
+def test_passes_are_combined(combine, compared_with):
     image, noise = slices(2, channels=2), generators(1, 2)
-    detector = tiny(num_passes=3, combine=combine, regularisation=0.02, channels=2)
+    detector = tiny(num_passes=3, combine=combine, regularisation=0.02, channels=2, compared_with=compared_with)
     p, _ = detector.latent_space.posterior(image)
-    passes = [detector.one_pass(image, p, noise) for _ in range(3)]
+    seen = image if compared_with == "image" else detector.latent_space.decode(p).clamp(0, 1)
+    passes = [detector.one_pass((uniform_like(p, noise) < p).float(), noise) for _ in range(3)]
     assert not torch.equal(passes[0][0], passes[1][0])
     x_hat, score = (torch.stack(part) for part in zip(*passes, strict=True))
     expected = {
-        "maps": ((image - x_hat) ** 2).mean(0),
-        "reconstructions": (image - x_hat.mean(0)) ** 2,
-        "mahalanobis": (image - x_hat.mean(0)) ** 2 / (((x_hat - x_hat.mean(0)) ** 2).mean(0) + 0.02),
+        "maps": ((seen - x_hat) ** 2).mean(0),
+        "reconstructions": (seen - x_hat.mean(0)) ** 2,
+        "mahalanobis": (seen - x_hat.mean(0)) ** 2 / (((x_hat - x_hat.mean(0)) ** 2).mean(0) + 0.02),
     }[combine].sum(1, keepdim=True)
     detection = detector.detect(image, seeds=torch.tensor([1, 2]))
     foreground = image > 0
@@ -455,12 +527,22 @@ class Shifted(nn.Module):
         return x + self.error, torch.full((len(x), 2, 1, 1), 0.5), torch.full((len(x), 2, 1, 1), 0.5)
 
 
-@pytest.mark.parametrize(("reconstruction", "expected"), [("l1", 0.5), ("l2", 0.25)])
-def test_reconstruction_loss(reconstruction, expected):
-    losses = BinaryAutoencoderObjective(BinaryLatentSpace(Shifted(-0.5), 4), reconstruction)(torch.rand(2, 1, 8, 8))
-    assert losses.keys() == {"loss", "l1", "l2"}
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"reconstruction": "l1"}, 0.5),
+        ({"reconstruction": "l2"}, 0.25),
+        ({"reconstruction": "both"}, 1.0),
+        ({"reconstruction": "both", "indecision_weight": 0.1}, 1.1),
+    ],
+)
+def test_reconstruction_loss(settings, expected):
+    """Each bit of `Shifted` is a coin, so that its indecision is 1."""
+    losses = BinaryAutoencoderObjective(BinaryLatentSpace(Shifted(-0.5), 4), **settings)(torch.rand(2, 1, 8, 8))
+    assert losses.keys() == {"loss", "l1", "l2", "indecision"}
     assert losses["l1"].item() == pytest.approx(0.5)
     assert losses["l2"].item() == pytest.approx(0.25)
+    assert losses["indecision"].item() == pytest.approx(1.0)
     assert losses["loss"].item() == pytest.approx(expected)
 
 

@@ -58,3 +58,17 @@ def test_paired_difference_is_narrower_than_the_methods_intervals():
 def test_difference_to_itself_is_zero():
     result = measured(0.5)
     assert paired_difference(result, result, "auprc") == {"value": 0, "ci95": [0, 0]}
+
+
+def test_intervals_over_few_subjects_are_marked():
+    few, enough = evaluate(cohort(n_lesion=2, n_healthy=5)), evaluate(cohort(n_lesion=5, n_healthy=1))
+    assert (few["auprc"]["few_subjects"], few["sites"][0]["voxel_recall_at_threshold"]["few_subjects"]) == (2, 2)
+    assert not {"few_subjects"} & {*few["healthy_fp_share"], *few["image_auroc"], *enough["auprc"]}
+    assert enough["healthy_fp_share"]["ci95"] == [None, None]  # of one subject, there is nothing to be marked
+    assert "few_subjects" not in enough["healthy_fp_share"]
+
+
+def test_a_result_begins_with_its_metrics_and_ends_with_what_is_long():
+    names = list(evaluate(cohort()))
+    assert names[0] == "auprc"
+    assert names.index("replicates") > names.index("psnr")

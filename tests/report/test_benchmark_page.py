@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from pages import Page, assert_asks_for_nothing
 
 from common.errors import ResultError
+from common.report.benchmark_page import benchmark_content
 from common.report.benchmark_table import cell
 from common.report.html import write_report
 
@@ -17,8 +19,7 @@ def test_benchmark_has_tables_and_plots(benchmark_folder):
     page = Page(benchmark_folder / "report.html")
     result = json.loads((benchmark_folder / "seer" / "result.json").read_text(encoding="utf-8"))
     assert page.cells[0][0] == "seer"
-    (low, high), value = result["auprc"]["ci95"], result["auprc"]["value"]
-    assert page.cells[0][1] == f"{value:.3f}{low:.3f}-{high:.3f}"
+    assert page.cells[0][1] == re.sub("[ ()]", "", cell(result["auprc"]))
     assert sum(tag == "svg" for tag, _ in page.elements) == 4
     for text in ("recall", "precision", "threshold / shipped threshold", "seconds a slice", "healthy", "intensity_T1"):
         assert text in page.text
@@ -29,6 +30,27 @@ def test_benchmark_has_tables_and_plots(benchmark_folder):
     assert not [a for tag, a in page.elements if tag == "img"]
     assert_asks_for_nothing(page)
     assert len(page.source) < 500_000
+
+
+def test_numbers_of_few_subjects_are_grey(benchmark_folder):
+    """Four of the six subjects have a lesion; three are of each site."""
+    content = benchmark_content(benchmark_folder)
+    few = {table["title"]: [cell[3] for cell in table["rows"][0][1]] for table in content["tables"]}
+    assert all(few["Voxels"]) and all(few["Lesions"]) and all(few["Sites"])
+    headings = next(table["headings"] for table in content["tables"] if table["title"] == "Slices and healthy subjects")
+    grey = {heading for heading, is_few in zip(headings, few["Slices and healthy subjects"], strict=True) if is_few}
+    assert grey == {
+        "healthy voxels above threshold",
+        "worst healthy subject",
+        "components in a healthy subject",
+    }
+    assert not any(few["Run time"])
+    write_report(benchmark_folder)
+    page = Page(benchmark_folder / "report.html")
+    assert page.text.count("fewer than 5 subjects") == 4
+    cells = [attributes["class"] for tag, attributes in page.elements if tag == "td" and "class" in attributes]
+    flags = [cell[3] for table in content["tables"] for _, row in table["rows"] for cell in row]
+    assert cells.count("number few") == sum(flags)
 
 
 def test_scores_of_a_method_stand_beside_those_of_its_map(benchmark_folder):

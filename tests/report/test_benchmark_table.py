@@ -18,6 +18,7 @@ OF_ALL = ("Voxels", "Slices and healthy subjects", "Difference to the best")  # 
     [
         ({"value": 0.25, "ci95": [0.2, 0.3]}, "0.250 (0.200-0.300)"),
         ({"value": -0.25, "ci95": [-0.3, -0.2]}, "-0.250 (-0.300 to -0.200)"),
+        ({"value": 0.25, "ci95": [0.2, 0.3], "few_subjects": 4}, "0.250 (0.200-0.300)†"),
         ({"value": 0.25, "ci95": [None, None]}, "0.250"),
         ({"value": None, "ci95": [None, None]}, "-"),
     ],

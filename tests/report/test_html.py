@@ -11,13 +11,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 from pages import Page, assert_asks_for_nothing
+from PIL import Image
 from typer.testing import CliRunner
 
 from common.cli import app
-from common.detection.calibration import origin_in_words
+from common.detection.calibration import origin_in_words, percentile_in_words
 from common.detection.reliability import verdict
 from common.errors import ResultError, UADError
-from common.report.html import write_report
+from common.report.html import map_row, write_report
 from common.report.viewer import niivue
 from common.results.read import CaseFiles, read_lesions
 
@@ -41,7 +42,7 @@ def test_case_says_what_was_found(case_page):
     words = origin_in_words(run["threshold_origin"])
     assert words.startswith("calibrated on ")
     assert f"threshold {run['threshold']:.3g}, {words}" in page.text
-    assert f"above {run['volume_score_percentile']:.0f} % of the healthy" in page.text
+    assert percentile_in_words(run) in page.text
     x, y, z = (lesion[axis] for axis in ("x_mm", "y_mm", "z_mm"))
     row = page.cells[0]
     assert row[:3] == ["1", f"{lesion['volume_ml']:.2f}", f"{x:.1f}, {y:.1f}, {z:.1f}"]
@@ -129,15 +130,54 @@ def test_unreliable_case_has_a_red_banner_in_its_own_page(make_case, tmp_path):
     write_report(tmp_path / "out")
     page = Page(tmp_path / "out" / "report.html")
     assert [row[0].split()[0] for row in page.cells[:2]] == ["other", "scan"]  # no table of failures comes first
-    assert page.text.count("unreliable, do not interpret: another contrast") == 1
+    assert page.cells[0][0] == "other"
+    assert page.cells[1][0].startswith("scan unreliable, do not interpret")
+    assert page.text.count("Unreliable, do not interpret: slices of <5.0> mm; another contrast") == 1
+    marked = [
+        (tag, attributes.get("id", "")) for tag, attributes in page.elements if "doubtful" in class_of(attributes)
+    ]
+    assert marked == [("tr", ""), ("details", "case-2")]  # the row and the case, not those of the other one
+
+
+def class_of(attributes):
+    return (attributes.get("class") or "").split()
 
 
 def test_reliable_case_has_no_banner(case_page):
     assert "alert" not in [attributes.get("role") for _, attributes in case_page[1].elements]
+    assert not [tag for tag, attributes in case_page[1].elements if "doubtful" in class_of(attributes)]
+
+
+def test_numbers_of_an_unreliable_case_are_marked_and_not_compared(make_case, tmp_path):
+    make_case(tmp_path / "out", result=verdict(["another contrast"]))
+    write_report(tmp_path / "out")
+    elements = Page(tmp_path / "out" / "report.html").elements
+    classes = [name for _, attributes in elements for name in class_of(attributes)]
+    assert "doubtful" in classes and "gauge" not in classes
+
+
+def test_warnings_say_that_they_are_ones(make_case, tmp_path):
+    """Not by a sign or a colour alone."""
+    for name in ("a", "b"):
+        folder = make_case(tmp_path / "out", name, warnings=["the calibration is of other settings"])
+    write_report(folder)
+    assert "⚠ Warning: the calibration is of other settings" in Page(folder / "report.html").text
+    write_report(tmp_path / "out")
+    assert "⚠ Warning: the calibration is of" in Page(tmp_path / "out" / "report.html").cells[0][0]
+
+
+def test_small_picture_is_the_row_of_the_map(make_case, tmp_path):
+    """Where `save_preview` says it is; of earlier versions the third of four rows."""
+    folder = make_case(tmp_path / "out")
+    with Image.open(folder / "preview.png") as picture:
+        left, top, right, bottom = map_row(picture)
+        assert 0 < left < right < picture.width and picture.height / 3 < top < bottom < picture.height
+        picture.info.pop("map_row")
+        assert map_row(picture) == (0, picture.height // 2, picture.width, 3 * picture.height // 4)
 
 
 def test_case_of_a_bids_derivative(make_case, tmp_path):
-    make_case(tmp_path / "out", "sub-01", entities="sub-01_ses-1")
+    make_case(tmp_path / "out", "sub-01", entities="sub-01_ses-1_desc-dae")
     write_report(tmp_path / "out" / "sub-01")
     page = Page(tmp_path / "out" / "sub-01" / "report.html")
     assert "sub-01_ses-1" in page.text

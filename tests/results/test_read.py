@@ -42,14 +42,14 @@ def write_run(folder, name=RECORD, **changes):
 def test_names_of_a_case_and_of_a_bids_derivative(tmp_path):
     alone = CaseFiles.of_record(write_run(tmp_path / "scan1"))
     assert (alone.name, alone.path("lesions.csv")) == ("scan1", tmp_path / "scan1" / "lesions.csv")
-    shared = CaseFiles.of_record(write_run(tmp_path / "sub-1", "sub-1_ses-2_desc-anomaly_run.json"))
+    shared = CaseFiles.of_record(write_run(tmp_path / "sub-1", "sub-1_ses-2_desc-dae_run.json"))
     assert shared.name == "sub-1_ses-2"
-    assert shared.path("segmentation.nii.gz") == tmp_path / "sub-1" / "sub-1_ses-2_desc-anomaly_mask.nii.gz"
+    assert shared.path("segmentation.nii.gz") == tmp_path / "sub-1" / "sub-1_ses-2_desc-dae_mask.nii.gz"
 
 
 def test_records_are_found_but_for_what_is_half_written(tmp_path):
     found = [write_run(tmp_path / "b"), write_run(tmp_path / "a" / "deep")]
-    found.append(write_run(tmp_path / "c", "sub-1_desc-anomaly_run.json"))
+    found.append(write_run(tmp_path / "c", "sub-1_desc-dae_run.json"))
     write_run(tmp_path / ".scan1.partial")
     assert records_in(tmp_path) == sorted(found)
     assert records_in(tmp_path / ".scan1.partial") == [tmp_path / ".scan1.partial" / RECORD]  # if asked for itself

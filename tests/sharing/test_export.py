@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from monai.bundle import ConfigParser
 from monai.data import load_net_with_metadata
 from monai.networks.layers import MedianFilter
@@ -29,6 +31,7 @@ from common.sharing.export import TraceableMedian, example, export_bundle, expor
 from common.sharing.vendor import PACKAGE
 
 ONE_PASS = ["dae", "vae"]
+SCHEMA = Path(__file__).parents[1] / "contract" / "meta_schema_20240725.json"
 BARE_RUN = """
 import importlib, importlib.metadata, pathlib, runpy, sys
 for find in (lambda: importlib.import_module("common"), lambda: importlib.metadata.version("uad-bundles")):
@@ -42,6 +45,23 @@ sys.argv = ["monai.bundle", "run", "--config_file", config, "--image", image]
 runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
 for module in pathlib.Path(modules).read_text().split():
     importlib.import_module(module)
+"""
+
+
+ZOO = """
+import sys
+from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
+
+config, logging = "configs/inference.json", "configs/logging.conf"
+for metadata in sys.argv[2:]:
+    try:
+        verify_metadata(meta_file=metadata, filepath=sys.argv[1])
+        verify_net_in_out("network_def", meta_file=metadata, config_file=config, device="cpu", n=1, p=1, any=1)
+        workflow = ConfigWorkflow(config, meta_file=metadata, logging_file=logging, workflow_type="infer")
+        workflow.initialize()
+        print(f"{metadata}: missing {workflow.check_properties()}")
+    except Exception as error:
+        print(f"{metadata}: {error}")
 """
 
 
@@ -123,6 +143,54 @@ def test_it_is_the_bundle(exported):
     assert names == {"LICENSE", "SHA256SUMS", "configs", "docs", "models", "requirements.txt", "scripts"}
 
 
+def test_archive_has_the_form_of_the_model_zoo(exported):
+    """What its `ci/verify_bundle.py` and CONTRIBUTING want of the files; the card: `tests/contract`."""
+    zoo = ("LICENSE", "docs/README.md", "docs/data_license.txt", "models/model.pt")
+    zoo += tuple(f"configs/{name}" for name in ("metadata.json", "inference.json", "train.json", "logging.conf"))
+    assert [name for name in zoo if not (exported / name).is_file()] == []
+    about = json.loads((exported / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    assert about["version"] in about["changelog"]
+    assert all(re.fullmatch(r"\d+(\.\d+)+", number) for number in about["required_packages_version"].values())
+    large = [
+        file for path in exported.glob("large_files.*") for file in yaml.safe_load(path.read_bytes())["large_files"]
+    ]
+    for file in large:
+        assert {"path", "url", "hash_val", "hash_type"} <= set(file)
+        assert file["hash_type"] == "sha256"
+        assert re.fullmatch("[0-9a-f]{64}", file["hash_val"])
+    kept = [path for path in exported.rglob("*") if path.is_file()]
+    assert [path for path in kept if path.stat().st_size > 25 * 2**20] == []
+
+
+def zoo_says(folder, work, *metadata):
+    """What the model zoo's checks of a bundle say of each metadata file, in its folder, where the zoo runs them."""
+    shutil.copy(SCHEMA, work / "schema.json")  # a schema that is there already is not downloaded
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [sys.executable, "-c", ZOO, work / "schema.json", "configs/metadata.json", *metadata]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if ".json: " in line]
+
+
+ACCEPTED = "configs/metadata.json: missing []"
+
+
+def test_zoo_accepts_an_archive_and_sees_what_is_wrong(dae, tmp_path):
+    text = (dae / "configs" / "metadata.json").read_text(encoding="utf-8")
+    wrong = {"channels": ('"num_channels": 2', '"num_channels": 3'), "schema": ('"task"', '"tasks"')}
+    for name, change in wrong.items():
+        (tmp_path / f"{name}.json").write_text(text.replace(*change), encoding="utf-8")
+    accepted, channels, schema = zoo_says(dae, tmp_path, *(tmp_path / f"{name}.json" for name in wrong))
+    assert accepted == ACCEPTED
+    assert "channel number" in channels
+    assert "schema" in schema
+
+
+@pytest.mark.slow
+def test_zoo_accepts_every_archive(exported, tmp_path):
+    assert zoo_says(exported, tmp_path) == [ACCEPTED]
+
+
 def test_vendored_modules_are_those_of_the_package_and_no_others(exported):
     vendored = exported / "scripts" / "_common"
     places = {path.relative_to(vendored).as_posix() for path in vendored.rglob("*") if path.is_file()}
@@ -199,8 +267,7 @@ def test_export_and_import_by_command(tmp_path, monkeypatch):
     done = CliRunner().invoke(cli.app, ["export", "dae", "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert re.search(r"dae\.zip: sha256 [0-9a-f]{64}$", done.output.strip())
-    for module in (bundle, cli):
-        monkeypatch.setattr(module, "BUNDLES_DIR", tmp_path / "bundles")
+    monkeypatch.setattr(bundle, "BUNDLES_DIR", tmp_path / "bundles")
     done = CliRunner().invoke(cli.app, ["import", str(tmp_path / "out" / "dae.zip")])
     assert done.exit_code == 0, done.output
     assert available_bundles() == ["dae"]

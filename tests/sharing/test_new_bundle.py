@@ -41,7 +41,8 @@ def test_a_copy_has_another_name_and_no_claims(like, tmp_path):
     about = json.loads((folder / "configs" / "metadata.json").read_text(encoding="utf-8"))
     assert (about["name"], about["title"], about["references"]) == ("toy", "TODO", ["TODO"])
     card = (folder / "docs" / "README.md").read_text(encoding="utf-8")
-    assert card.count("TODO") >= 7
+    assert card.startswith("---\nlicense: TODO\nlibrary_name: monai\n")
+    assert card.count("TODO") >= 8
     assert not re.search(r"\b[0-9a-f]{64}\b|\d\.\d{3}", card)  # weights, figures
     original = (BUNDLES_DIR / like / "docs" / "README.md").read_text(encoding="utf-8")
     assert re.findall("^## .*", card, flags=re.MULTILINE) == re.findall("^## .*", original, flags=re.MULTILINE)
@@ -59,7 +60,7 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.cli.BUNDLES_DIR", tmp_path)
+    monkeypatch.setenv("UAD_BUNDLES", str(tmp_path))
     arguments = ["new-bundle", "toy", "--like", "vae"]
     done = CliRunner().invoke(app, arguments)
     assert (done.exit_code, done.stdout.split(":")[0]) == (0, str(tmp_path / "toy"))

@@ -10,6 +10,7 @@ from monai.data import MetaTensor
 from scipy import ndimage
 
 from common.errors import SettingError, SkullStripError
+from common.images.background import box_of
 from common.transforms import brain as brain_module
 from common.transforms.brain import BrainMaskd, brain_mask, check_stripped
 
@@ -258,3 +259,19 @@ def test_given_mask_ends_where_the_field_of_view_was_filled(stripped):
     assert not found[:, :, -18:].any()
     assert np.array_equal(found[:, :, :-18], brain[:, :, :-18])
     assert found[black].all()
+
+
+@pytest.mark.parametrize("at_border", [False, True])
+def test_mask_in_its_box_is_that_of_the_whole_image(at_border, stripped):
+    """By another way: the largest component of the whole image, its holes filled by SciPy. Specks, holes and a bay."""
+    volume, brain, affine = stripped
+    box = box_of(brain)
+    rough = ndimage.gaussian_filter(np.random.default_rng(5).normal(size=volume.shape), 1) > 0.3
+    volume = np.where(rough, 0, volume)
+    volume[1:3, 1:3, 1:3] = 500
+    volume = volume[box] if at_border else volume
+    mask = volume > np.percentile(volume[volume > 0].astype(np.float64), 98) * brain_module.BACKGROUND_SHARE
+    labels, _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    expected = ndimage.binary_fill_holes(labels == np.bincount(labels[mask]).argmax())
+    assert (expected & ~mask).any()
+    assert np.array_equal(brain_mask(make_image(volume, affine))[0], expected)

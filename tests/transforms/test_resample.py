@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import GaussianSmooth, Orientation
 
-from common.transforms.resample import ResampleForegroundd
+from common.transforms.resample import ResampleForegroundd, smooth
 
 
 def resample(volume, brain, affine, spacing_mm=2.0):
@@ -74,3 +75,23 @@ def test_inverse_gives_the_grid_back(phantom):
     back = transform.inverse({"image": result["image"]})["image"]
     assert back.shape == (1, *shape)
     assert np.allclose(back.affine, affine)
+
+
+@pytest.mark.parametrize("spacing_mm", [(0.5, 0.9, 1.9), (1.0, 1.0, 2.4), (0.2, 2.0, 2.0)])
+def test_smoothing_is_that_of_monai(spacing_mm):
+    """Within rounding, also where the kernel is wider than the image."""
+    values = torch.rand(2, 12, 9, 7, generator=torch.Generator().manual_seed(0))
+    image = MetaTensor(values, affine=np.diag([*spacing_mm, 1.0]))
+    sigma = np.clip((2.0 / np.array(spacing_mm) - 1) / 2, 1e-3, None)
+    expected = GaussianSmooth(sigma=sigma.tolist())(image)
+    smoothed = smooth(image, (2.0,) * 3)
+    torch.testing.assert_close(smoothed.as_tensor(), expected.as_tensor(), rtol=1e-6, atol=0)
+    assert torch.equal(image.as_tensor(), values)
+
+
+def test_smoothing_keeps_what_was_done_to_the_image():
+    image = Orientation("LPS", labels=None)(MetaTensor(torch.rand(1, 6, 6, 6), affine=np.eye(4)))
+    smoothed = smooth(image, (2.0,) * 3)
+    assert len(smoothed.applied_operations) == 1
+    assert smoothed.applied_operations == image.applied_operations
+    assert torch.equal(smoothed.affine, image.affine)

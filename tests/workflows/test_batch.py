@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import errno
+import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +20,10 @@ from typer.testing import CliRunner
 
 from common.cli import app
 from common.errors import OutputError
-from common.workflows.batch import StatusTable, claimed
+from common.workflows.batch import StatusTable, check_detection, claimed
 
 CASES, KILLED_AT = 12, 4
+SOAKED = (30, 120)  # cases after which memory is measured
 KILLED = f"""
 import os, signal, sys
 from common.workflows import batch
@@ -49,6 +52,11 @@ def detect(*arguments):
 def statuses(folder, name="status.tsv"):
     with (folder / name).open(newline="", encoding="utf-8") as file:
         return {row["case"]: row for row in csv.DictReader(file, delimiter="\t")}
+
+
+def table(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def records(folder):
@@ -178,6 +186,16 @@ def test_cases_that_another_process_is_at_come_last(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_table_that_is_an_input_or_of_somebody_else_is_not_written_over(tmp_path):
+    items = [{"subject": name, "image": str(tmp_path / f"{name}.nii.gz")} for name in "ab"]
+    (tmp_path / "cases.csv").write_text("subject,T1\na,a.nii.gz\nb,b.nii.gz\n", encoding="utf-8")
+    with pytest.raises(OutputError, match="over the input"):
+        check_detection(tmp_path, items, "dae", [tmp_path / "cases.csv"])
+    with pytest.raises(OutputError, match="is not a table of uad detect"):
+        check_detection(tmp_path, items, "dae", [])
+    check_detection(tmp_path, items[:1], "dae", [])  # of one case there are no tables
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_cases(thin_brains, tmp_path):
     """One of them is killed, and the rest is done; each case once, with one line."""
@@ -206,6 +224,31 @@ def test_two_processes_share_the_cases(thin_brains, tmp_path):
     assert all(len(list((out / name).iterdir())) == 6 for name in after)
 
 
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_cases(thin_brains, tmp_path):
+    """What a case leaves behind, beyond what the allocator keeps of the first ones, would end a cohort of thousands."""
+    source, folder = (thin_brains / "00.nii.gz").read_bytes(), tmp_path / "many"
+    folder.mkdir()
+    for number in range(SOAKED[-1]):
+        (folder / f"{number:04}.nii.gz").write_bytes(source)
+    memory, add = {}, StatusTable.add
+
+    def add_and_measure(table, *arguments):
+        add(table, *arguments)
+        if len(table.rows) in SOAKED:
+            gc.collect()
+            memory[len(table.rows)] = resident_mb()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StatusTable, "add", add_and_measure)
+        assert detect(folder, "-o", tmp_path / "out").exit_code == 0
+    assert memory[SOAKED[1]] - memory[SOAKED[0]] < 20
+
+
+def resident_mb():
+    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))[1]) / 1000
+
+
 def test_killed_run_goes_on(thin_brains, tmp_path):
     """Killed at the worst moment: the results of a case are there, its line is not."""
     out = tmp_path / "out"
@@ -228,6 +271,8 @@ def test_killed_run_goes_on(thin_brains, tmp_path):
         assert "slices of 4.0 mm" in row["message"], case
     assert len((out / "status.tsv").read_text(encoding="utf-8").splitlines()) == 1 + CASES
     assert not list(out.glob(".*"))  # nothing half-written is left
+    assert [row["case"] for row in table(out / "cases.csv")] == sorted(after)
+    assert {row["status"] for row in table(out / "cases.csv")} == {"unreliable"}
 
 
 def test_parts_and_overwrite(thin_brains, tmp_path):
@@ -242,6 +287,8 @@ def test_parts_and_overwrite(thin_brains, tmp_path):
     assert [run.communicate() and run.returncode for run in runs] == [0, 0]
     assert set(statuses(out, "status_1-of-2.tsv")) == {"00", "02"}
     assert set(statuses(out, "status_2-of-2.tsv")) == {"01"}
+    assert [row["case"] for row in table(out / "cases.csv")] == ["00", "01", "02"]  # of both parts
+    assert {row["case"] for row in table(out / "lesions_all.csv")} <= {"00", "01", "02"}
 
     before = records(out)
     assert detect(few[0], "-o", out, "--overwrite").exit_code == 0
@@ -263,17 +310,14 @@ def test_bids_dataset_gives_derivatives(thin_brains, tmp_path):
         assert detect(root, "-o", out).exit_code == 0
     anat = out / "sub-02" / "ses-1" / "anat"
     assert {path.name for path in anat.iterdir()} == {
-        f"sub-02_ses-1_desc-{name}"
+        f"sub-02_ses-1_desc-dae_{name}"
         for name in (
-            "anomaly_map.nii.gz",
-            "anomaly_mask.nii.gz",
-            "reconstruction_map.nii.gz",
-            "anomaly_lesions.csv",
-            "anomaly_preview.png",
-            "anomaly_run.json",
+            *("map.nii.gz", "mask.nii.gz", "reconstruction.nii.gz", "map.json", "mask.json", "reconstruction.json"),
+            *("lesions.csv", "preview.png", "run.json"),
         )
     }
-    assert {path.name for path in out.iterdir()} == {"sub-01", "sub-02", "status.tsv", "dataset_description.json"}
+    names = {"dataset_description.json", ".bidsignore", "status.tsv", "cases.csv", "lesions_all.csv"}
+    assert {path.name for path in out.iterdir()} == {"sub-01", "sub-02", *names}
     assert json.loads((out / "dataset_description.json").read_text(encoding="utf-8"))["DatasetType"] == "derivative"
     assert detect(root, "-o", tmp_path / "one", "--participant-label", "02").exit_code == 0
     assert set(statuses(tmp_path / "one")) == {"sub-02_ses-1"}

@@ -1,11 +1,12 @@
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import RandAffined
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from common.networks.latent_space import LatentSpace
-from common.workflows.slices import LatentDataset, SliceDataset, in_order, latents, prepare_batch, shuffled
+from common.workflows.slices import LatentDataset, SliceDataset, in_order, latents, middle_of, prepare_batch, shuffled
 
 DEVICE = torch.device("cpu")
 
@@ -52,6 +53,15 @@ def test_axis(axis, count, shape):
     torch.testing.assert_close(slices[1]["image"], expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize(("count", "left"), [(None, 5), (9, 5), (3, 3), (2, 2), (1, 1)])
+def test_middle_slices_are_those_in_the_middle(count, left):
+    slices = torch.arange(5.0)
+    kept = middle_of(slices, count)
+    assert len(kept) == left
+    assert abs(float(kept.mean()) - 2) <= 0.5
+    assert torch.equal(kept, slices[int(kept[0]) : int(kept[0]) + left])
+
+
 def test_foreground_is_that_of_any_channel():
     image = torch.zeros(2, 3, 3, 2)
     image[0, 0, 0], image[1, 2, 2] = 0.5, 0.5
@@ -68,6 +78,14 @@ def test_augmentation_is_drawn_anew_and_changes_nothing_that_is_kept():
     slices, plain = dataset(augmentation=[brighten]), dataset()
     assert not torch.equal(slices[3]["image"], slices[3]["image"])
     assert torch.equal(slices.images, plain.images)
+
+
+def test_foreground_is_a_mask_after_any_augmentation():
+    turned = RandAffined(("image", "foreground"), prob=1.0, rotate_range=0.3, mode=("bilinear", "nearest"))
+    for augmentation in ([turned], [], None):
+        item = dataset(augmentation=augmentation)[3]
+        assert item["foreground"].dtype == torch.bool
+        assert item["foreground"].any()
 
 
 class Toy(nn.Module):

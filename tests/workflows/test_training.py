@@ -35,10 +35,10 @@ def slices():
     return SliceDataset([{"image": image}], lambda item: {"image": MetaTensor(item["image"])})
 
 
-def make(folder, epochs=2, inferer=None, monitor=(), **settings):
+def make(folder, epochs=2, inferer=None, monitor=(), objective=None, **settings):
     """A trainer of 3 steps an epoch, and its evaluator."""
     torch.manual_seed(0)
-    objective = Distance()
+    objective = objective or Distance()
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
     evaluator = ObjectiveEvaluator(in_order(slices(), batch_size=4), monitor=monitor)
     trainer = ObjectiveTrainer(
@@ -117,6 +117,27 @@ def test_what_is_frozen_is_not_optimised():
     (group,) = AdamW(objective, lr=0.5).param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in objective[1].parameters()]
     assert (group["lr"], group["weight_decay"]) == (0.5, 0.0001)
+
+
+class Sometimes(Distance):
+    """Only the first step trains its other number."""
+
+    def __init__(self):
+        super().__init__()
+        self.other, self.calls = nn.Parameter(torch.tensor(1.0)), 0
+
+    def forward(self, images, foreground=None):
+        losses, self.calls = super().forward(images, foreground), self.calls + 1
+        return losses | {"loss": losses["loss"] + (self.other if self.calls == 1 else 0)}
+
+
+def test_what_a_step_does_not_train_is_left_as_it_is(tmp_path):
+    """It has no gradient then: of one of 0 Adam's moments would learn, and an old one would move it again."""
+    trainer, _ = make(tmp_path, epochs=1, objective=Sometimes(), max_norm=None)
+    trainer.run()
+    assert trainer.network.other.grad is None
+    assert trainer.network.other.item() == pytest.approx(0.9)
+    assert trainer.network.number.grad is not None
 
 
 def test_one_cycle_rises_to_the_learning_rate_and_ends_near_0():

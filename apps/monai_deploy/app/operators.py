@@ -160,7 +160,7 @@ class ResultWriterOperator(Operator):
         }
         try:
             with deidentified(series) if self.deidentify else nullcontext(series) as sources:
-                save_dicom(found.case, sources, self.folder, name, version, digest)
+                save_dicom(found.case, sources, self.folder, name, version, found.result["threshold"], digest)
             with replacing(self.folder / "summary.txt") as path:
                 path.write_text(summarise(about, found.case, found.result), encoding="utf-8")
         except OSError as error:

@@ -61,6 +61,8 @@
     map.cal_min = limit;
     map.cal_max = Math.max(3 * data.threshold, limit * 1.001);
     element("threshold-value").value = limit.toPrecision(3);
+    element("scale-low").value = "threshold " + map.cal_min.toPrecision(3);
+    element("scale-high").value = map.cal_max.toPrecision(3) + " and more";
     element("opacity-value").value = Math.round(100 * opacity.value) + " %";
     element("volume").value = (above(limit) * data.voxel_ml).toFixed(1) + " ml";
     map.opacity = Number(opacity.value);

@@ -1,0 +1,57 @@
+"""The pages of the documentation that are made of what stands elsewhere; run by `mkdocs build`, see mkdocs.yml.
+
+The README is the start page, the READMEs of the apps and the model cards are pages, and the docstrings of each package
+of `common` are one page of the reference. Links between them lead to the pages.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import mkdocs_gen_files as pages
+
+ROOT = Path(__file__).resolve().parents[1]
+APPS = ("monai_label", "monai_deploy")
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#]+)(#[^)]*)?\)")
+
+
+def write(page: str, text: str, source: Path) -> None:
+    """A page whose text stands in `source`; a link to a file that is no page becomes the name of the file."""
+    depth = "../" * page.count("/")
+
+    def moved(match: re.Match[str]) -> str:
+        target = (source.parent / match[1]).resolve().relative_to(ROOT).as_posix()
+        there = page_of(target)
+        return f"] (`{target}`)" if there is None else f"]({depth}{there}{match[2] or ''})"
+
+    with pages.open(page, "w") as file:
+        file.write(re.sub(r"\[([^\]]*)\] \(", r"\1 (", LINK.sub(moved, FRONT_MATTER.sub("", text))))
+    pages.set_edit_path(page, source.relative_to(ROOT).as_posix())
+
+
+def page_of(target: str) -> str | None:
+    """The page of a file of the repository, if it has one."""
+    if target == "README.md":
+        return "index.md"
+    if match := re.fullmatch(r"apps/(\w+)/README\.md", target):
+        return f"apps/{match[1]}.md"
+    if match := re.fullmatch(r"bundles/(\w+)/docs/README\.md", target):
+        return f"methods/{match[1]}.md"
+    return target.removeprefix("docs/") if target.startswith("docs/") else None
+
+
+write("index.md", (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "README.md")
+for app in APPS:
+    readme = ROOT / "apps" / app / "README.md"
+    write(f"apps/{app}.md", readme.read_text(encoding="utf-8"), readme)
+for card in sorted(ROOT.glob("bundles/*/docs/README.md")):
+    write(f"methods/{card.parents[1].name}.md", card.read_text(encoding="utf-8"), card)
+for room in sorted(path.parent for path in (ROOT / "common").glob("*/__init__.py")):
+    modules = [f"common.{room.name}.{path.stem}" for path in sorted(room.glob("*.py")) if path.stem != "__init__"]
+    if modules:
+        with pages.open(f"reference/{room.name}.md", "w") as file:
+            file.write("\n\n".join([f"# common.{room.name}", *(f"::: {module}" for module in modules)]) + "\n")
+with pages.open("reference/api.md", "w") as file:
+    file.write("# common\n\n::: common.api\n")
