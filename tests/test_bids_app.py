@@ -132,4 +132,5 @@ def test_validator_accepts_the_derivative(derivative, tmp_path):
     shown = tmp_path / "shown"
     shutil.copytree(derivative, shown, ignore=shutil.ignore_patterns(".bidsignore"))
     wrong = {path for _, path in validator_errors(shown, tmp_path)}
-    assert wrong == {"/status.tsv", *(f"/{made}_{name}" for made in MADE for name in NAMELESS)}
+    tables = {"/status.tsv", "/cases.csv", "/lesions_all.csv"}
+    assert wrong == tables | {f"/{made}_{name}" for made in MADE for name in NAMELESS}

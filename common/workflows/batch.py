@@ -107,6 +107,7 @@ class StatusTable:
     def add_error(self, case: str, error: Exception, seconds: float) -> None:
         """Append the line of a case that failed, and say it on stderr."""
         cause = root_cause(error)
+        logger.error("%s: %s: %s", case, type(cause).__name__, cause, exc_info=error)
         self.add_failure(case, type(cause).__name__, str(cause), seconds)
 
     def add_failure(self, case: str, kind: str, message: str, seconds: float) -> None:

@@ -39,7 +39,7 @@ NAMED = {"PatientName": "PLANTED^NAME", "PatientID": "PLANTED-ID", "AccessionNum
 
 OF_THE_IMAGE = {"Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "InstanceNumber"}
 OF_THE_IMAGE |= {"NumberOfFrames", "DimensionOrganizationType", "PresentationLUTShape", "PixelPresentation"}
-OF_THE_IMAGE |= {"ContentQualification", "InstanceCreationDate"}
+OF_THE_IMAGE |= {"BitsAllocated", "ContentQualification", "InstanceCreationDate"}
 
 
 @pytest.fixture(scope="module")
