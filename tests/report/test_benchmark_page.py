@@ -46,7 +46,7 @@ def test_numbers_of_few_subjects_are_grey(benchmark_folder):
     assert not any(few["Run time"])
     write_report(benchmark_folder)
     page = Page(benchmark_folder / "report.html")
-    assert page.text.count("fewer than 5 subjects") == 4
+    assert page.text.count("Grey and slanted") == 4
     cells = [attributes["class"] for tag, attributes in page.elements if tag == "td" and "class" in attributes]
     flags = [cell[3] for table in content["tables"] for _, row in table["rows"] for cell in row]
     assert cells.count("number few") == sum(flags)
