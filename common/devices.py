@@ -17,8 +17,8 @@ def checked_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise SettingError(name, "is no device", "choose auto, cpu, cuda, cuda:0, ..., or mps") from error
-    remedy = "choose auto or cpu"
+        raise SettingError(name, "is no device", "choose cpu, cuda, cuda:0, ..., or mps") from error
+    remedy = "choose cpu"
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingError(name, "torch finds no GPU on this machine", f"{remedy}, or install a torch build for it")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

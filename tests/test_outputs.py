@@ -22,7 +22,9 @@ from common.sharing import archive
 from common.sharing.archive import write_bundle
 from common.workflows.training_handlers import SaveWeights
 
-LAYOUTS = {"glioma": ["--layout", "tcga_lgg"], "patients": ["--layout", "brats"]}
+LAYOUTS = {
+    kind: ["--layout", name] for kind, name in (("glioma", "tcga_lgg"), ("healthy", "ct"), ("patients", "brats"))
+}
 
 
 def digests(folder):
@@ -344,7 +346,7 @@ def test_a_name_that_is_not_utf8(phantom, save_nifti, tmp_path):
             "z": "unreliable",
         }
         assert "l\\udcf6st.nii.gz: named .gz but not compressed" in rows["l_st"]["message"]
-    assert {path.name for path in out.iterdir()} == {"M_ller", "a", "z", "status.tsv"}
+    assert {path.name for path in out.iterdir()} == {"M_ller", "a", "z", "status.tsv", "cases.csv", "lesions_all.csv"}
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_argument_of_the_wrong_type(given, message):
         ("network_def::smoothing_vox", "abc", "VolumeDetector: smoothing_vox = 'abc'; give a number"),
         ("unet::channels", "abc", "WeightStandardisedUNet: channels = 'abc'; give a list, each item an integer"),
         ("network_def::nonsense", 1, "VolumeDetector: cannot be made of the given settings (TypeError: "),
-        ("device", "tpu", "DetectionEvaluator: cannot be made of the given settings (RuntimeError: "),
+        ("device", "tpu", "tpu: is no device; choose cpu, cuda, cuda:0, ..., or mps"),
         ("dataloader::num_workers", "abc", "DataLoader: cannot be made of the given settings (TypeError: "),
         ("output_dir", 3, "SaveDetections: cannot be made of the given settings (TypeError: "),
         ("threshold", "abc", "SegmentAnomaliesd: threshold = 'abc'; give a number or null"),

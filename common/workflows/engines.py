@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..detection.volume import VolumeDetector
-from ..devices import moved
+from ..devices import checked_device, moved
 from ..errors import UADError, one_line
 from ..images.check import root_cause, typed_errors
 from ..recorded import Recorded
@@ -54,7 +54,7 @@ class DetectionEvaluator(SupervisedEvaluator):
     def __init__(
         self,
         bundle: str,
-        device: torch.device,
+        device: torch.device | str,
         val_data_loader: DataLoader,
         network: VolumeDetector,
         weights: str,
@@ -63,6 +63,7 @@ class DetectionEvaluator(SupervisedEvaluator):
         inferer: Inferer | None = None,
         postprocessing: Postprocessing | None = None,
     ) -> None:
+        device = checked_device(str(device))
         super().__init__(
             device=device,
             val_data_loader=val_data_loader,
