@@ -23,6 +23,8 @@ def group(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda backend: start(backend, store=store, rank=0, world_size=1))
     yield
     idist.finalize()
+    if dist.is_initialized():  # ignite leaves a group that it did not know of when it was first asked
+        dist.destroy_process_group()
 
 
 def test_without_torchrun_this_is_the_main_process():

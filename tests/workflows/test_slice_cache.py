@@ -174,7 +174,7 @@ def fill(data, log, cache, begin=None):
 
     dataset = SliceDataset([], Preparation(), cache_dir=cache)
     dataset.preprocessing = slow
-    slice_cache.SliceCache(cache, data, dataset._slices, [preparation, 2, 1])
+    slice_cache.SliceCache(cache, data, dataset._slices, [preparation, 2, 1, None])
 
 
 def test_volume_that_another_process_is_at_is_waited_for(data, tmp_path):
