@@ -257,7 +257,9 @@ def test_cases_of_a_killed_worker_are_done_by_another(phantom, save_nifti, tmp_p
         run = threading.Thread(target=lambda: failed.append(detect_on(client, job, items)))
         run.start()
         deadline, is_killed = time.monotonic() + 600, False
-        while run.is_alive() and time.monotonic() < deadline:
+        is_over = False
+        while not is_over and time.monotonic() < deadline:
+            is_over = not run.is_alive()  # then there is one more look
             for record in out.glob("[!.]*/run.json"):
                 written = record.stat().st_mtime_ns
                 assert seen.setdefault(record.parent.name, written) == written, f"{record} was done twice"
