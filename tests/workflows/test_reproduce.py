@@ -33,7 +33,7 @@ SMALL = STEP | {
     "num_score_timesteps": 2,
     "num_orderings": 1,
     "depth": 1,
-    "probability": 0.0,  # no code is healed
+    "probability": 0.01,  # untrained transformers find many codes unlikely
 }
 
 
