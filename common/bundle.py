@@ -174,8 +174,16 @@ def parse_items(texts: Iterable[str]) -> dict[str, Any]:
 def check_items(parser: ConfigParser, items: Iterable[str]) -> None:
     """Raises SettingError for an item that neither is in a config nor can be a new argument of an object there."""
     for item in items:
-        if (item.rpartition("::")[0] or item) not in parser:
+        if not _has_place(parser, item):
             raise SettingError(item, "the bundle's configs have no such item", "see its configs/inference.json")
+
+
+def _has_place(parser: ConfigParser, item: str) -> bool:
+    """Whether a config has an item, or the object that it would be a new argument of."""
+    try:
+        return (item.rpartition("::")[0] or item) in parser
+    except ValueError:  # below an item that is no object but refers to one
+        return False
 
 
 def checked_items(name: str, texts: Iterable[str]) -> dict[str, Any]:
@@ -214,19 +222,10 @@ def fitting_items(name: str, configs: Sequence[str], items: Mapping[str, Any] | 
     """Those of some items that `check_items` lets pass for a bundle's configs. Raises BundleError."""
     from monai.bundle import ConfigParser
 
-    metadata(name)
     parser = ConfigParser()
     parser.read_config([str(folder_of(name) / "configs" / config) for config in configs])
     given = dict(items) if isinstance(items, Mapping) else dict.fromkeys(items)
     return {item: value for item, value in given.items() if _has_place(parser, item)}
-
-
-def _has_place(parser: ConfigParser, item: str) -> bool:
-    """Whether a config has an item, or the object that it would be a new argument of."""
-    try:
-        return (item.rpartition("::")[0] or item) in parser
-    except ValueError:  # below an item that is no object but refers to one
-        return False
 
 
 def run_training(

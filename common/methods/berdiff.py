@@ -129,10 +129,8 @@ class BerDiff(AnomalyDetector):
         for _ in range(self.num_passes):
             u = uniform_like(p, generators)
             if ((p - u).abs() < error).any():  # see `decided`
-                p, error = (
-                    in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image),
-                    error * 0,
-                )
+                p = in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image)
+                error.zero_()
             passes.append(self.one_pass((p > u).to(image.dtype), generators))
         x_hat, score = (torch.stack(part) for part in zip(*passes, strict=True))
         seen = image

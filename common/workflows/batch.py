@@ -106,9 +106,7 @@ class StatusTable:
 
     def add_error(self, case: str, error: Exception, seconds: float) -> None:
         """Append the line of a case that failed, and say it on stderr."""
-        cause = root_cause(error)
-        logger.error("%s: %s: %s", case, type(cause).__name__, cause, exc_info=error)
-        self.add_failure(case, type(cause).__name__, str(cause), seconds)
+        self.add_failure(case, *failure_of(case, error), seconds)
 
     def add_failure(self, case: str, kind: str, message: str, seconds: float) -> None:
         """Append the line of a case that failed with this kind of error, and say it on stderr."""
@@ -212,6 +210,13 @@ class CaseRunner:
             raise self._error
 
 
+def failure_of(case: str, error: Exception) -> tuple[str, str]:
+    """The kind of error that a case failed with, and what is wrong; the log gets it with its traceback."""
+    cause = root_cause(error)
+    logger.error("%s: %s: %s", case, type(cause).__name__, cause, exc_info=error)
+    return type(cause).__name__, str(cause)
+
+
 def run_case(runner: CaseRunner, item: Mapping[str, Any], overwrite: bool) -> CaseDone:
     """Detect in an item of a datalist unless it is finished already; what is wrong with it is said in the result."""
     case, started = str(item["subject"]), time.perf_counter()
@@ -224,9 +229,7 @@ def run_case(runner: CaseRunner, item: Mapping[str, Any], overwrite: bool) -> Ca
         runner(item)
         return CaseDone(case, time.perf_counter() - started, runner.saver.verdicts[case])
     except Exception as error:
-        cause = root_cause(error)
-        logger.error("%s: %s: %s", case, type(cause).__name__, cause, exc_info=error)
-        return CaseDone(case, time.perf_counter() - started, {}, failure=(type(cause).__name__, str(cause)))
+        return CaseDone(case, time.perf_counter() - started, {}, failure=failure_of(case, error))
 
 
 def status_name(part: tuple[int, int]) -> str:
