@@ -129,19 +129,17 @@ class VolumeDetector(Recorded, nn.Module):
 
     def _views(self, slices: Tensor, positions: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
         """What the method sees of slices, by seed and mirrored: padded slices, seeds, whether they are mirrored."""
-        height, width = slices.shape[2:]
-        divisor = self.detector.size_divisor
         for seed in range(self.seed, self.seed + self.num_seeds):
             for mirrored in (False, True)[: 1 + self.mirror]:
                 seen = slices.flip(2) if mirrored else slices
-                yield F.pad(seen, (0, -width % divisor, 0, -height % divisor)), slice_seeds(seed, positions), mirrored
+                yield padded(seen, self.detector.size_divisor), slice_seeds(seed, positions), mirrored
 
     def _detect(self, slices: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map and reconstruction in one, and the scores that come with them: combined over the views."""
         height, width = slices.shape[2:]
         total, count, scores, reconstructions = torch.zeros(()), 0, [], []
-        for padded, seeds, mirrored in self._views(slices, positions):
-            found = self.detector.detect(padded, seeds=seeds)
+        for seen, seeds, mirrored in self._views(slices, positions):
+            found = self.detector.detect(seen, seeds=seeds)
             pair = torch.cat([found.anomaly_map, found.reconstruction], dim=1)[..., :height, :width]
             pair = pair.flip(2) if mirrored else pair
             total, count = total + pair, count + 1
@@ -167,6 +165,12 @@ def volume_mean(slice_scores: Tensor | None) -> float | None:
     if slice_scores is None or slice_scores.isnan().all():
         return None
     return float(slice_scores.double().nanmean())
+
+
+def padded(slices: Tensor, divisor: int) -> Tensor:
+    """(B, C, H, W) with zeros to multiples of the divisor, right and below."""
+    height, width = slices.shape[2:]
+    return F.pad(slices, (0, -width % divisor, 0, -height % divisor))
 
 
 def slice_seeds(seed: int, positions: Tensor) -> Tensor:

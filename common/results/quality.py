@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from monai.data import MetaTensor
-from scipy import ndimage
 
+from ..images.background import box_of
 from ..transforms.registration import brain_ml, mni_overlap
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ def noise_share(image: MetaTensor, brain: MetaTensor) -> float | None:
     image: (C, H, W, D), of which the first channel counts; brain: (1, H, W, D), above 0 inside.
     """
     mask = brain.as_tensor()[0].cpu().numpy() > 0
-    box = next(iter(ndimage.find_objects(mask.astype(np.uint8))), None)
-    if box is None:
+    if not mask.any():
         return None
+    box = box_of(mask)
     values, mask = image.as_tensor()[0].cpu().numpy()[box].astype(np.float64), mask[box]
     level = abs(float(np.median(values[mask])))
     plane = np.argsort(np.asarray(image.pixdim), kind="stable")[:2]

@@ -10,7 +10,7 @@ import torch
 
 from ..bundle import load_workflow, metadata
 from ..cohorts.cases import find_cases
-from ..detection.volume import slice_seeds
+from ..detection.volume import padded, slice_seeds
 from ..errors import SettingError
 from ..files import replacing
 from ..images.check import typed_errors
@@ -48,9 +48,3 @@ def draw_stages(bundle: str, images: Sequence[Path], output: Path, index: int | 
     rows = stages(detector, padded(slices[chosen : chosen + 1], detector.size_divisor).to(device), seeds)
     with replacing(output) as temporary:
         save_stages(rows, temporary, f"{bundle}, {case['subject']}, slice {chosen}")
-
-
-def padded(image: torch.Tensor, divisor: int) -> torch.Tensor:
-    """(B, C, H, W) with zeros to multiples of the divisor."""
-    height, width = image.shape[2:]
-    return torch.nn.functional.pad(image, (0, -width % divisor, 0, -height % divisor))
