@@ -105,6 +105,14 @@ def state_of_the_process():
     } | {f"${name}": value for name, value in os.environ.items() if not name.startswith(OF_OTHERS)}
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Names that are not UTF-8 stand in what a test logged; xdist ends a run on a report that has them."""
+    report = yield
+    report.sections = [(of, text.encode("utf-8", "backslashreplace").decode()) for of, text in report.sections]
+    return report
+
+
 @pytest.fixture(autouse=True)
 def _process_is_left_as_it_was():
     """A test that changes what others see too fails itself, instead of one that runs later."""
