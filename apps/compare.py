@@ -66,6 +66,7 @@ DECIDING = (
     "auto_ddpm",
     "berdiff",
     "berdiff_glioma",
+    "iter_mask2",
     "latent_ddpm",
     "latent_ddpm_headct",
     "mad_ad",

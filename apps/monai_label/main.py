@@ -28,7 +28,13 @@ from monailabel.tasks.infer.bundle import BundleInferTask
 WORDS: dict[str, str] = {}  # for settings that a bundle's errors may advise: this server has none of them
 # what MONAI Label and its viewers put into a request beside the settings that a model shows
 OF_VIEWERS = {"client_id", "label_info", "label_tag", "logging", "save_label", "timeout"}
-OF_VIEWERS |= {f"result_{name}" for name in ("compress", "dtype", "extension", "write_to_file")}
+OF_VIEWERS |= {f"result_{name}" for name in ("compress", "dtype", "extension")}
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+CHOICES = {  # MONAI Label fails at other values with a bare 500, at some of them after the calculation
+    "logging": (*LEVELS, *(level.lower() for level in LEVELS)),
+    "result_dtype": ("uint8", "int16", "uint16", "int32", "float32"),
+    "result_extension": (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha"),
+}
 OF_BATCHES = {"gpus", "images", "max_batch_size", "max_workers", "multi_gpu"}
 
 
@@ -104,16 +110,16 @@ class App(MONAILabelApp):
             given = json.loads(params or "{}", parse_constant=no_json)
         except ValueError as error:
             raise HTTPException(422, f'params is not JSON ({error}); write it like {{"threshold": 0.1}}') from error
-        self.check_names(model, given, OF_VIEWERS)
+        self.check_params(model, given, OF_VIEWERS)
 
     def check_batch(self, model: str, params: Any, **_: Any) -> None:
         """Raises HTTPException where a request for all images would fail at each of them."""
         if model not in self._infers:
             raise HTTPException(404, f"no model {model!r}; there are {', '.join(sorted(self._infers))}")
-        self.check_names(model, params or {}, OF_VIEWERS | OF_BATCHES)
+        self.check_params(model, params or {}, OF_VIEWERS | OF_BATCHES)
 
-    def check_names(self, model: str, given: Any, others: Iterable[str]) -> None:
-        """Raises HTTPException for a parameter that nothing would look at, and for weights that the bundle has not."""
+    def check_params(self, model: str, given: Any, others: Iterable[str]) -> None:
+        """Raises HTTPException for a parameter that nothing would look at, and for a choice that there is not."""
         if not isinstance(given, dict):
             raise HTTPException(422, 'params is no object; write it like {"threshold": 0.1}')
         if model not in self._infers:
@@ -125,6 +131,11 @@ class App(MONAILabelApp):
         chosen, files = given.get("model_filename"), shown["model_filename"]
         if chosen is not None and chosen != files and chosen not in files:
             raise HTTPException(422, f"no weights {chosen!r} in {model}; there are {', '.join(files)}")
+        cards = [f"cuda:{index}" for index in range(len(shown["device"]))]
+        devices = tuple(dict.fromkeys([*shown["device"], "cpu", "cuda", *cards]))
+        for name, choices in (CHOICES | {"device": devices}).items():
+            if given.get(name) not in (None, *choices):
+                raise HTTPException(422, f"{name} is {given[name]!r}; choose one of {', '.join(choices)}")
 
     def init_infers(self) -> dict[str, AnomalyDetection]:
         """The models by the names of their folders."""

@@ -74,7 +74,15 @@ def test_methods_that_decide_may_differ_in_few_voxels(compare):
         "mad_ad": row("mad_ad", oldest=(0.1, 0.001), label=(0.1, 0.5), last_bit=(1, 1)),
     }
     assert compare.above_tolerance(rows) == [("dae", "label"), ("mad_ad", "label")]
+
+
+def test_methods_that_decide_are_known_and_explained(compare):
+    """A bundle in which a last bit of the image carried far is among them."""
+    page = compare.PAGE.read_text(encoding="utf-8").split(compare.MARKERS[1])[1]
+    assert [key for key in compare.DECIDING if f"`{key}`" not in page] == []
     assert set(compare.DECIDING) <= {path.name for path in BUNDLES_DIR.iterdir()}
+    carried_far = {key for key, row in compare.read_rows().items() if row["roads"]["last_bit"]["share"] > 0}
+    assert carried_far <= set(compare.DECIDING)
 
 
 def test_difference_of_maps_is_that_of_places(compare):
