@@ -115,14 +115,14 @@ def test_rows_are_kept_and_the_page_is_written(compare, tmp_path, monkeypatch):
     before = "before\n{}\nof another day\n{}\nafter\n".format(*compare.MARKERS)
     (tmp_path / "export.md").write_text(before, encoding="utf-8")
     monkeypatch.setattr(compare, "PAGE", tmp_path / "export.md")
-    monkeypatch.setattr(compare, "measure", lambda keys, environments: {key: row(key) for key in keys})
+    monkeypatch.setattr(compare, "measure", lambda keys, environments: ((key, row(key)) for key in keys))
     compare.main(["dae"], write=True)
     text = (tmp_path / "export.md").read_text(encoding="utf-8")
     assert "of another day" not in text
     assert text.startswith("before\n")
     assert "\n| dae | 2 |" in text
     assert json.loads((tmp_path / "export.json").read_text(encoding="utf-8")).keys() == {"dae"}
-    monkeypatch.setattr(compare, "measure", lambda keys, environments: {"vae": row("vae", oldest=(1, 0.5))})
+    monkeypatch.setattr(compare, "measure", lambda keys, environments: [("vae", row("vae", oldest=(1, 0.5)))])
     with pytest.raises(SystemExit, match="vae by oldest versions"):
         compare.main(["vae"])
     assert json.loads((tmp_path / "export.json").read_text(encoding="utf-8")).keys() == {"dae"}
