@@ -152,6 +152,13 @@ class App(MONAILabelApp):
         except MONAILabelException as error:
             raise HTTPException(404, error.msg) from error
 
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Raises HTTPException for a strategy that is not there."""
+        try:
+            return super().next_sample(request)
+        except MONAILabelException as error:
+            raise HTTPException(404, error.msg) from error
+
 
 def before(answer: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
     """The function that answers requests, after a check of its arguments."""
