@@ -23,7 +23,7 @@ def volume(depth, marked=(), seed=0, scale=1.0):
     brain = np.repeat((np.hypot(x, y) < 7)[None, ..., None], depth, axis=-1)
     lesion = np.zeros_like(brain)
     lesion[:, 5:9, 5:9, list(marked)] = True
-    values = random.random(brain.shape).astype(np.float32) * np.where(lesion, 10, 1) * scale
+    values = (random.random(brain.shape) * np.where(lesion, 10, 1) * scale).astype(np.float32)
     return {
         "map": torch.from_numpy(values * brain),
         "brain": torch.from_numpy(brain),
