@@ -117,7 +117,10 @@ def cohort_kind(context: typer.Context) -> None:
 def detect(
     image: Annotated[
         list[Path],
-        typer.Argument(help="NIfTI, NRRD, MetaImage files; a folder of them; a DICOM folder, zip; BIDS; a cohort CSV."),
+        typer.Argument(
+            help="NIfTI, NRRD, MetaImage files; a folder of them; a DICOM folder, zip; BIDS; a cohort CSV. "
+            "`uad sample` writes scans to try."
+        ),
     ],
     method: Method,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results, one folder a case.")],
