@@ -206,6 +206,7 @@ class CaseRunner:
         """Detect, and write the case. Raises what went wrong, with a UADError as its cause if the input is to blame."""
         self._error = None
         self.evaluator.data_loader = DataLoader(Dataset([item], self.preprocessing))
+        self.evaluator.state.epoch_length = 1  # whatever the length of the workflow's own data was
         self.evaluator.run()
         if self._error is not None:
             raise self._error

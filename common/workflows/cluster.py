@@ -6,6 +6,7 @@ that was killed had not finished is done by another one.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
@@ -13,16 +14,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from monai.utils import optional_import
 from torch import Tensor
 
 from ..bundle import load_workflow
-from ..errors import ClusterError, SettingError, settings_said_as, settings_words
+from ..errors import ClusterError, SettingError, UADError, settings_said_as, settings_words
 from ..images.check import typed_errors
 from ..metrics.baselines import HealthyBaselines
 from ..outputs import INPUT_KEYS
@@ -31,6 +31,8 @@ from .batch import CaseDone, CaseRunner, case_lock, part_of, run_case, write_out
 from .evaluation import Evaluate, MeasureCases, Measured, healthy_volume
 from .prepare import Preparation
 
+P = ParamSpec("P")
+R = TypeVar("R")
 distributed, HAS_DISTRIBUTED = optional_import("distributed")
 
 START_AGAIN = "start the same command again: finished cases are kept"
@@ -64,14 +66,35 @@ class Job:
         if self.key not in _runners:
             _runners.clear()  # of an earlier run
             own_gpu = {"device": f"$torch.device('cuda:{int(str(worker)) % self.gpus}')"} if self.gpus > 1 else {}
-            with typed_errors():
-                override = {**own_gpu, **self.override}
-                workflow = load_workflow(self.bundle, [*self.configs], output_dir=self.output_dir, **override)
-                workflow.initialize()
-                _runners[self.key] = CaseRunner(workflow)
+            override = {**own_gpu, **self.override}
+            workflow = load_workflow(self.bundle, [*self.configs], output_dir=self.output_dir, **override)
+            workflow.initialize()
+            _runners[self.key] = CaseRunner(workflow)
         return _runners[self.key]
 
 
+def _task(do: Callable[P, R]) -> Callable[P, R | UADError]:
+    """What a worker does, with the error of an input as its result: what caused it may not pass between processes."""
+
+    @functools.wraps(do)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R | UADError:
+        try:
+            with typed_errors():
+                return do(*args, **kwargs)
+        except UADError as error:
+            return type(error)(error.source, error.fact, error.advice, **error.settings)
+
+    return wrapped
+
+
+def _checked(result: Any) -> Any:
+    """The result of a task. Raises the UADError that it is."""
+    if isinstance(result, UADError):
+        raise result
+    return result
+
+
+@_task
 def detect_in_worker(job: Job, item: Mapping[str, Any]) -> CaseDone:
     """Do a case, in a worker; where another process is at it, wait, and find it finished. Raises UADError."""
     with _at_work(job.threads, job.words):
@@ -171,14 +194,12 @@ def detect_on(client: Any, job: Job, items: Sequence[Mapping[str, Any]], part: t
     """
     mine = part_of(items, part)
     with Progress(len(mine)) as progress:
-        done = _outcomes(client, partial(detect_in_worker, job), mine)
+        done = _outcomes(client, functools.partial(detect_in_worker, job), mine)
         return write_outcomes(progress.each(done, lambda case: case.case), Path(job.output_dir), items, part)
 
 
-def _outcomes(
-    client: Any, do: Callable[[Mapping[str, Any]], CaseDone], items: Sequence[Mapping[str, Any]]
-) -> Iterator[CaseDone]:
-    """Of each item, as it is done."""
+def _outcomes(client: Any, do: Callable[..., Any], items: Sequence[Mapping[str, Any]]) -> Iterator[CaseDone]:
+    """Of each item, as it is done by the task `do`."""
     futures = client.map(do, items, pure=False)
     cases = {future.key: str(item["subject"]) for future, item in zip(futures, items, strict=True)}
     try:
@@ -196,7 +217,7 @@ def _outcomes(
 def _result(client: Any, future: Any) -> Any:
     """Raises what the task raised, ClusterError where the scheduler is lost."""
     try:
-        return future.result()
+        return _checked(future.result())
     except distributed.CancelledError as error:
         fact = "the scheduler was lost, or has cancelled the cases"
         raise ClusterError(client.scheduler.address, fact, START_AGAIN) from error
@@ -216,11 +237,12 @@ def prepare_by_workers(
         preparation = replace(preparation, output=preparation.output.absolute())
         items = [_absolute(item) for item in items]
     with connected(jobs, scheduler) as client, Progress(len(items), "subject") as progress:
-        do = partial(prepare_in_worker, preparation, threads_each(jobs), settings_words())
+        do = functools.partial(prepare_in_worker, preparation, threads_each(jobs), settings_words())
         done = _outcomes(client, do, items)
         return preparation.write(progress.each(done, lambda case: case.case), items)
 
 
+@_task
 def prepare_in_worker(
     preparation: Preparation, threads: int | None, words: Mapping[str, str], item: Mapping[str, Any]
 ) -> CaseDone:
@@ -257,9 +279,9 @@ def evaluate_on(client: Any, job: Job, task: Evaluate, items: Sequence[Mapping[s
 
     Raises the UADError of a case, ClusterError where the scheduler is lost, or each worker that took a case dies.
     """
-    volumes = client.map(partial(healthy_in_worker, job), task.healthy_subjects(), pure=False)
+    volumes = client.map(functools.partial(healthy_in_worker, job), task.healthy_subjects(), pure=False)
     healthy = client.submit(fit_in_worker, job, volumes, pure=False) if volumes else None
-    futures = client.map(partial(measure_in_worker, job), items, healthy=healthy, pure=False)
+    futures = client.map(functools.partial(measure_in_worker, job), items, healthy=healthy, pure=False)
     try:
         task.use_baselines(_measured(client, healthy) if volumes else None)
         with Progress(len(items)) as progress:
@@ -279,24 +301,27 @@ def _measured(client: Any, future: Any) -> Any:
         raise ClusterError(client.scheduler.address, fact, "give each more memory, or start fewer") from error
 
 
+@_task
 def healthy_in_worker(job: Job, item: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """`healthy_volume` of a training subject, in a worker. Raises UADError."""
-    with _at_work(job.threads, job.words), typed_errors():
+    with _at_work(job.threads, job.words):
         return healthy_volume(job.runner(distributed.get_worker().name).preprocessing(item))
 
 
+@_task
 def fit_in_worker(job: Job, volumes: Sequence[tuple[Tensor, Tensor]]) -> HealthyBaselines:
     """The baselines that have seen the training subjects, in a worker."""
     with _at_work(job.threads, job.words):
-        return HealthyBaselines.fit(volumes, len(volumes))
+        return HealthyBaselines.fit(map(_checked, volumes), len(volumes))
 
 
+@_task
 def measure_in_worker(job: Job, item: Mapping[str, Any], healthy: HealthyBaselines | None) -> Measured:
     """Measure a case, in a worker. Raises UADError."""
-    with _at_work(job.threads, job.words), typed_errors():
+    with _at_work(job.threads, job.words):
         runner = job.runner(distributed.get_worker().name)
         task: Any = runner.saver
-        task.use_baselines(healthy)
+        task.use_baselines(_checked(healthy))
         runner(item)
         return task.taken()
 
