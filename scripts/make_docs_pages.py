@@ -81,7 +81,8 @@ for card in sorted(ROOT.glob("bundles/*/docs/README.md")):
     bundle = card.parents[1]
     write(f"methods/{bundle.name}.md", card.read_text(encoding="utf-8"), card, code_of(bundle))
 for notebook in sorted(ROOT.glob("docs/tutorials/*.ipynb")):
-    write(f"tutorials/{notebook.stem}.md", notebook_text(notebook), notebook, f"\n\n[This page as a notebook]({notebook.name})\n")
+    itself = f"\n\n[This page as a notebook]({notebook.name})\n"
+    write(f"tutorials/{notebook.stem}.md", notebook_text(notebook), notebook, itself)
 for room in sorted(path.parent for path in (ROOT / "common").glob("*/__init__.py")):
     modules = [f"common.{room.name}.{path.stem}" for path in sorted(room.glob("*.py")) if path.stem != "__init__"]
     if modules:
