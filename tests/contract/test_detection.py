@@ -108,7 +108,7 @@ def test_segmentation_is_the_map_above_the_shipped_threshold(sample_case, networ
     above = load(sample_case / "anomaly_map.nii.gz") > run["threshold"]
     assert run["threshold"] == float(network.calibration.threshold)
     assert not (mask & ~above).any()
-    assert mask.sum() > 0.5 * above.sum()  # small components are removed
+    assert mask.sum() >= 0.5 * above.sum()  # small components are removed; a weak method may mark nothing
 
 
 def test_run_is_recorded(sample_case, sample, bundle, metadata):
