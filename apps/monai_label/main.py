@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import monailabel
 from fastapi import HTTPException
 from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.endpoints import batch_infer, infer, train
+from monailabel.endpoints import batch_infer, infer, scoring, train
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.exception import MONAILabelException
 from monailabel.interfaces.tasks.strategy import Strategy
@@ -97,6 +97,7 @@ class App(MONAILabelApp):
         infer.run_inference = before(infer.run_inference, self.check_infer)
         batch_infer.run = before(batch_infer.run, self.check_batch)
         train.run = train.run_model = refuse_training
+        scoring.run_method = refuse_scoring
 
     def check_infer(
         self, model: str, image: str, session_id: str, params: str, file: Any, output: Any, **_: Any
@@ -182,3 +183,8 @@ def no_json(constant: str) -> NoReturn:
 def refuse_training(model: str = "", *_: Any, **__: Any) -> NoReturn:
     """Raises HTTPException."""
     raise HTTPException(404, f"no trainer for {model or 'any bundle'} on this server; `uad train` trains, on a cohort")
+
+
+def refuse_scoring(method: str, *_: Any, **__: Any) -> NoReturn:
+    """Raises HTTPException."""
+    raise HTTPException(404, f"no scoring method {method!r} on this server; scores come with the answer to /infer")

@@ -221,6 +221,7 @@ def test_bad_request_is_refused():
         ("infer/dae", "{}", 422, "no image"),
         ("train/dae", None, 404, "no trainer for dae"),
         ("train/", None, 404, "no trainer for any bundle"),
+        ("scoring/dice", None, 404, "no scoring method 'dice'"),
         ("activelearning/random", None, 404, "no such strategy 'random'"),
         ("batch/infer/berdiff", None, 404, "no model 'berdiff'; there are dae, mad_ad"),
     ],
