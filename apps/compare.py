@@ -66,6 +66,7 @@ DECIDING = (
     "auto_ddpm",
     "berdiff",
     "berdiff_glioma",
+    "iter_mask2",
     "latent_ddpm",
     "latent_ddpm_headct",
     "mad_ad",
@@ -90,32 +91,28 @@ def main(
     table: Annotated[bool, typer.Option("--table", help="Only put the table of the kept rows into the page.")] = False,
 ) -> None:
     """Print the table."""
-    kept = read_rows()
-    if not table:
-        given = {"alone": alone, "label": label, "deploy": deploy, "oldest": oldest}
-        environments = {road: path.expanduser().resolve() for road, path in given.items() if path}
-        try:
-            rows = measure(keys or available_bundles(), environments)
-        except UADError as error:
-            raise typer.BadParameter(str(error)) from None
-        print(as_table(rows))
-        kept = joined(kept, rows)
-        if write:
-            with replacing(PAGE.with_suffix(".json")) as temporary:
-                temporary.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    if write or table:
-        text = page(kept)
-        with replacing(PAGE) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    if not table and (worse := [f"{key} by {ROADS[road]}" for key, road in above_tolerance(rows)]):
+    if table:
+        write_page(read_rows())
+        return
+    given = {"alone": alone, "label": label, "deploy": deploy, "oldest": oldest}
+    environments = {road: path.expanduser().resolve() for road, path in given.items() if path}
+    rows = {}
+    try:
+        for key, row in measure(keys or available_bundles(), environments):
+            rows[key] = row
+            if write:  # at once: the next may take minutes, and fail
+                keep({key: row})
+    except UADError as error:
+        raise typer.BadParameter(str(error)) from None
+    print(as_table(rows))
+    if worse := [f"{key} by {ROADS[road]}" for key, road in above_tolerance(rows)]:
         raise SystemExit(f"above the tolerance: {', '.join(worse)}")
 
 
-def measure(keys: list[str], environments: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """A row a bundle, by its key. Raises UADError."""
+def measure(keys: list[str], environments: Mapping[str, Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The bundles' keys, each with its row. Raises UADError."""
     of_t1 = [key for key in keys if metadata(key)["modalities"] == ["T1"]]
     ways = {"alone": run_alone, "label": run_label, "deploy": run_deploy}
-    rows = {}
     with TemporaryDirectory() as folder:
         work = Path(folder)
         if "oldest" in environments:
@@ -133,13 +130,29 @@ def measure(keys: list[str], environments: Mapping[str, Path]) -> dict[str, dict
                     elif road == "alone" or key in of_t1:
                         base = run_here(key, work / "of_series", image=work / "series") if road == "deploy" else here
                         found[road] = difference(base, ways[road](key, work, environment))
-                rows[key] = {
+                compared = {road: versions(path) for road, path in environments.items() if road in found}
+                row = {
                     "weights_sha256": sha256(BUNDLES_DIR / key / "models" / "model.pt"),
                     "highest": float(np.asanyarray(here.dataobj).max()),
                     "roads": found,
-                    "versions": {"here": versions(), **{road: versions(path) for road, path in environments.items()}},
+                    "versions": {"here": versions(), **compared},
                 }
-    return rows
+                yield key, row
+
+
+def keep(rows: Mapping[str, Any]) -> None:
+    """Put new rows into docs/export.json, and the table into the page."""
+    kept = joined(read_rows(), rows)
+    with replacing(PAGE.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    write_page(kept)
+
+
+def write_page(rows: Mapping[str, Any]) -> None:
+    """Put the table of these rows into docs/export.md."""
+    text = page(rows)
+    with replacing(PAGE) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def joined(kept: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:

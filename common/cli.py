@@ -117,7 +117,10 @@ def cohort_kind(context: typer.Context) -> None:
 def detect(
     image: Annotated[
         list[Path],
-        typer.Argument(help="NIfTI, NRRD, MetaImage files; a folder of them; a DICOM folder, zip; BIDS; a cohort CSV."),
+        typer.Argument(
+            help="NIfTI, NRRD, MetaImage files; a folder of them; a DICOM folder, zip; BIDS; a cohort CSV. "
+            "`uad sample` writes scans to try."
+        ),
     ],
     method: Method,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results, one folder a case.")],
@@ -204,12 +207,20 @@ def prepare(
     spacing_mm: Annotated[float, typer.Option(min=0.5, max=10, help="Of the grid of the bundles to be trained.")] = 2.0,
     strip: StripHow = None,
     register: Annotated[bool, typer.Option("--register/--no-register", help="Bring everything to MNI152.")] = False,
+    jobs: Jobs = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """Check, strip, register, resample and scale a cohort once, so that training reads it fast. Resumable."""
     with one_line_errors():
-        from .workflows.prepare import prepare_cohort
+        from .workflows.prepare import preparation_of, prepare_cohort
 
-        failed = prepare_cohort(cohort, output, spacing_mm, register, strip)
+        how = (cohort, output, spacing_mm, register, strip)
+        if jobs is not None or scheduler is not None:
+            from .workflows.cluster import prepare_by_workers
+
+            failed = prepare_by_workers(*preparation_of(*how), jobs, scheduler)
+        else:
+            failed = prepare_cohort(*how)
     if failed:
         raise typer.Exit(FAILED)
 
@@ -271,6 +282,8 @@ def evaluate(
     weights: Weights = None,
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure these too.")] = True,
     items: Items = None,
+    jobs: Jobs = None,
+    scheduler: Scheduler = None,
 ) -> None:
     """Measure a method on the test subjects of a labelled cohort, beside the baselines that cost nothing: a table."""
     with one_line_errors():
@@ -283,8 +296,13 @@ def evaluate(
         override = checked_items(method, items or ()) | _override(seed, device, weights, strip, register)
         if not baselines:
             override |= {"task::baselines": False}
-        paths = {"cohort": str(cohort.resolve()), "result": str(output.resolve())}
-        run_inference(method, ["inference.json", "evaluate.json"], **paths, **override)
+        override |= {"cohort": str(cohort.resolve()), "result": str(output.resolve())}
+        if jobs is not None or scheduler is not None:
+            from .workflows.cluster import evaluate_by_workers
+
+            evaluate_by_workers(method, override, jobs, scheduler)
+        else:
+            run_inference(method, ["inference.json", "evaluate.json"], **override)
     print(evaluation_table(json.loads(output.read_text(encoding="utf-8"))))
     print(f"\n{output}: all of it")
 

@@ -88,6 +88,18 @@ def fetch(
             print(f"{fetch_weights(name, from_)}: the weights of {name}")
 
 
+@bundles.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(help="Is made if it is not there.")] = Path("sample"),
+) -> None:
+    """Write the scans that come with the package, to try the commands on: simulated lesions, and their masks."""
+    with one_line_errors():
+        from .cohorts.table import write_sample
+
+        paths = write_sample(folder)
+    print(*paths, sep="\n")
+
+
 @bundles.command("import-weights")
 def import_weights_(
     weights: Annotated[Path, typer.Argument(help="Old .pt file: a state dict, bare or under 'model' or 'state_dict'.")],

@@ -29,6 +29,7 @@ logger = logging.getLogger("uad")
 logger.addHandler(logging.NullHandler())
 
 _LOGGED: ContextVar[bool] = ContextVar("logged", default=False)
+_BEFORE: ContextVar[Mapping[str, Any] | None] = ContextVar("before", default=None)  # options before the command
 
 
 def _speech(
@@ -40,11 +41,11 @@ def _speech(
         Path | None, typer.Option("--log", help="File to which all of that is added, with the time.")
     ] = None,
 ) -> None:
-    """The options that every command has."""
+    """The options that every command has, and that may stand before it too."""
 
 
 class SpeakingGroup(TyperGroup):
-    """A group whose commands have the options of `_speech` too."""
+    """A group that has the options of `_speech`, as each of its commands has; a log after the command counts."""
 
     def __init__(self, *, commands: Any = None, **attributes: Any) -> None:
         for command in (commands or {}).values():
@@ -52,6 +53,15 @@ class SpeakingGroup(TyperGroup):
                 command.params = [*command.params, *_speech_options()]
                 command.callback = _speaking(command.name, command.callback)
         super().__init__(commands=commands, **attributes)
+        self.params = [*self.params, *_speech_options()]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command with what was said before it."""
+        before = _BEFORE.set({word: ctx.params.pop(word) for word in SPEECH})
+        try:
+            return super().invoke(ctx)
+        finally:
+            _BEFORE.reset(before)
 
 
 def _speech_options() -> list[Any]:
@@ -63,7 +73,8 @@ def _speech_options() -> list[Any]:
 def _speaking(name: str, command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def wrapped(**options: Any) -> Any:
-        verbose, quiet, log = (options.pop(word, None) for word in SPEECH)
+        before = _BEFORE.get() or {}
+        verbose, quiet, log = (options.pop(word, None) or before.get(word) for word in SPEECH)
         with one_line_errors():
             handlers = _handlers(bool(verbose), log, options)
         with _logged_by(handlers), without_progress(bool(quiet)):

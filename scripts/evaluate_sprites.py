@@ -38,6 +38,7 @@ from common.transforms.load import load_lesion
 from common.weights import load_into, sha256
 from common.workflows.variants import Variant
 
+BATCH_SIZE = 50
 METRICS = {"max_dice": "best Dice", "auprc": "AUPRC", "image_auroc": "image AUROC", "image_auprc": "image AUPRC"}
 OF_METHOD = {"method_auroc": "image AUROC, method's score", "method_auprc": "image AUPRC, method's score"}
 SECONDS = {"seconds_per_100": "s per 100 images", "score_seconds_per_100": "and for the method's score"}
@@ -61,22 +62,36 @@ def main(
     row: Annotated[list[str], typer.Option(help="BUNDLE or inference.json, then [:item=value,...].")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The result, a JSON file.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(min=1, help="Slices at a time.")] = 50,
+    batch_size: Annotated[int, typer.Option(min=1, help="Slices at a time.")] = BATCH_SIZE,
 ) -> None:
     """Measure each row on each cohort."""
     rows = [Variant.parse(text) for text in row]
-    names = [path.resolve().name for path in cohorts]
-    results = [intensity_row(cohorts, direction) for direction in ("bright", "dark")]
-    results += [measure(one, cohorts, torch.device(device), batch_size) for one in rows]
-    result = {"cohorts": names, "device": device, "batch_size": batch_size, "rows": results, "versions": versions()}
-    for path, text in ((output, json.dumps(result, indent=2)), (output.with_suffix(".md"), table(results))):
+    results = [measure(one, cohorts, device, batch_size) for one in rows]
+    result = record(cohorts, results, device, batch_size)
+    text = table(result["rows"])
+    for path, content in ((output, json.dumps(result, indent=2)), (output.with_suffix(".md"), text)):
         with replacing(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
-    print(table(results))
+            temporary.write_text(content + "\n", encoding="utf-8")
+    print(text)
 
 
-def measure(row: Variant, cohorts: list[Path], device: torch.device, batch_size: int) -> dict[str, Any]:
-    """What a method reaches on each cohort, and how long it takes."""
+def record(
+    cohorts: list[Path], results: list[dict[str, Any]], device: str, batch_size: int = BATCH_SIZE
+) -> dict[str, Any]:
+    """The result as JSON: the baselines that cost nothing, and the measured rows."""
+    names = [path.resolve().name for path in cohorts]
+    baselines = [intensity_row(cohorts, direction) for direction in ("bright", "dark")]
+    about = {"cohorts": names, "device": device, "batch_size": batch_size}
+    return {**about, "rows": baselines + results, "versions": versions()}
+
+
+def measure(
+    row: Variant, cohorts: list[Path], device: str, batch_size: int = BATCH_SIZE, with_score: bool = True
+) -> dict[str, Any]:
+    """What a method reaches on each cohort, and how long it takes.
+
+    with_score: whether images are ranked by the method's own score too where that takes passes of its own.
+    """
     content = row.parser().get_parsed_content
     network, weights, preprocessing = content("network_def"), content("weights"), content("preprocessing")
     load_into(network, weights)
@@ -98,7 +113,8 @@ def measure(row: Variant, cohorts: list[Path], device: torch.device, batch_size:
             ]
         )
 
-    result = evaluate(method, preprocessing, cohorts, score if detector.has_separate_score else None)
+    has_score = with_score and detector.has_separate_score
+    result = evaluate(method, preprocessing, cohorts, score if has_score else None)
     return {"name": row.name, **result, "weights_sha256": sha256(weights), "seed": network.seed}
 
 

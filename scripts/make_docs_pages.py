@@ -1,11 +1,12 @@
 """The pages of the documentation that are made of what stands elsewhere; run by `mkdocs build`, see mkdocs.yml.
 
-The README is the start page, the READMEs of the apps and the model cards are pages, and the docstrings of each package
-of `common` are one page of the reference. Links between them lead to the pages.
+The README is the start page; the READMEs of the apps, the notebooks and the model cards are pages; the docstrings of
+each package of `common` are one page of the reference. Links between them lead to the pages.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -17,8 +18,11 @@ FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)#]+)(#[^)]*)?\)")
 
 
-def write(page: str, text: str, source: Path) -> None:
-    """A page whose text stands in `source`; a link to a file that is no page becomes the name of the file."""
+def write(page: str, text: str, source: Path, more: str = "") -> None:
+    """A page whose text stands in `source`; a link to a file that is no page becomes the name of the file.
+
+    more: text for its end, with links as of the page.
+    """
     depth = "../" * page.count("/")
 
     def moved(match: re.Match[str]) -> str:
@@ -27,8 +31,33 @@ def write(page: str, text: str, source: Path) -> None:
         return f"] (`{target}`)" if there is None else f"]({depth}{there}{match[2] or ''})"
 
     with pages.open(page, "w") as file:
-        file.write(re.sub(r"\[([^\]]*)\] \(", r"\1 (", LINK.sub(moved, FRONT_MATTER.sub("", text))))
+        file.write(re.sub(r"\[([^\]]*)\] \(", r"\1 (", LINK.sub(moved, FRONT_MATTER.sub("", text))) + more)
     pages.set_edit_path(page, source.relative_to(ROOT).as_posix())
+
+
+def notebook_text(notebook: Path) -> str:
+    """A notebook as Markdown."""
+    parts = []
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            kind, text = ("sh", text.partition("\n")[2]) if text.startswith("%%bash") else ("python", text)
+            text = f"```{kind}\n{text}\n```"
+        parts.append(text)
+    return "\n\n".join(parts)
+
+
+def code_of(bundle: Path) -> str:
+    """Where the classes of a bundle's method are in the reference: the formulas, and the lines that compute them."""
+    configs = [bundle / "configs" / name for name in ("inference.json", "train.json", "train_autoencoder.json")]
+    text = "".join(path.read_text(encoding="utf-8") for path in configs if path.is_file())
+    classes = dict.fromkeys(re.findall(r"common\.(?:methods|networks)\.\w+\.\w+", text))
+    lines = [f"* [`{name}`](../reference/{name.split('.')[1]}.md#{name})" for name in classes]
+    said = "Each class says its formulas, and shows under *Source code* the lines that compute them."
+    own, paper = bundle.name, ROOT / "docs" / "paper_configs.md"
+    anchors = re.findall(rf"^## `({own}/(\w+)\.json)`", paper.read_text(encoding="utf-8"), re.MULTILINE)
+    numbers = [f"* [whose numbers `{name}` holds](../paper_configs.md#{own}{file}json)" for name, file in anchors]
+    return "\n".join(["## In the code", "", said, "", *lines, *numbers, ""])
 
 
 def page_of(target: str) -> str | None:
@@ -39,6 +68,8 @@ def page_of(target: str) -> str | None:
         return f"apps/{match[1]}.md"
     if match := re.fullmatch(r"bundles/(\w+)/docs/README\.md", target):
         return f"methods/{match[1]}.md"
+    if match := re.fullmatch(r"docs/(tutorials/\w+)\.ipynb", target):
+        return f"{match[1]}.md"
     return target.removeprefix("docs/") if target.startswith("docs/") else None
 
 
@@ -47,7 +78,11 @@ for app in APPS:
     readme = ROOT / "apps" / app / "README.md"
     write(f"apps/{app}.md", readme.read_text(encoding="utf-8"), readme)
 for card in sorted(ROOT.glob("bundles/*/docs/README.md")):
-    write(f"methods/{card.parents[1].name}.md", card.read_text(encoding="utf-8"), card)
+    bundle = card.parents[1]
+    write(f"methods/{bundle.name}.md", card.read_text(encoding="utf-8"), card, code_of(bundle))
+for notebook in sorted(ROOT.glob("docs/tutorials/*.ipynb")):
+    itself = f"\n\n[This page as a notebook]({notebook.name})\n"
+    write(f"tutorials/{notebook.stem}.md", notebook_text(notebook), notebook, itself)
 for room in sorted(path.parent for path in (ROOT / "common").glob("*/__init__.py")):
     modules = [f"common.{room.name}.{path.stem}" for path in sorted(room.glob("*.py")) if path.stem != "__init__"]
     if modules:

@@ -46,6 +46,14 @@ def test_no_bundles_is_an_error(installed):
     assert done.stderr.startswith("BundleError: ") and "set UAD_BUNDLES" in done.stderr
 
 
+def test_scans_to_try_are_written_where_the_user_is(installed, monkeypatch):
+    monkeypatch.chdir(installed)
+    done = uad("sample")
+    assert done.exit_code == 0
+    assert "sample/mni152_lesions_T1.nii.gz" in done.stdout.splitlines()
+    assert {str(path.relative_to(installed)) for path in (installed / "sample").iterdir()} == {*done.stdout.split()}
+
+
 def test_an_installed_package_keeps_what_a_user_adds_in_the_cache(installed):
     before = sorted((installed / "site").rglob("*"))
     done = uad("import", archive(installed, "mine"))

@@ -56,8 +56,8 @@ def speaking():
             if fail:
                 raise BundleError("dae", "no weights", "train it")
 
-    def run(*arguments):
-        return CliRunner().invoke(program, ["work", *map(str, arguments)])
+    def run(*arguments, before=()):
+        return CliRunner().invoke(program, [*map(str, before), "work", *map(str, arguments)])
 
     return run
 
@@ -86,6 +86,16 @@ def test_log_holds_it_and_the_next_run_adds_to_it(speaking, tmp_path):
     assert speaking(tmp_path / "a", "--log", log).exit_code == 0
     assert log.read_text(encoding="utf-8").startswith(first)
     assert str(log) not in [getattr(handler, "baseFilename", None) for handler in logging.root.handlers]
+
+
+def test_what_is_said_before_the_command_counts_too(speaking, tmp_path):
+    log, other = tmp_path / "uad.log", tmp_path / "other.log"
+    assert speaking(tmp_path / "a", before=["-q"]).stderr == ""
+    assert "Traceback" in speaking(tmp_path / "a", "--fail", before=["-v", "--log", log]).stderr
+    assert "BundleError: dae" in log.read_text(encoding="utf-8")
+    assert speaking(tmp_path / "a", "--log", other, before=["--log", log]).exit_code == 0
+    assert "Traceback" not in other.read_text(encoding="utf-8")
+    assert speaking(tmp_path / "a").stderr != ""  # the next command is as it was
 
 
 @pytest.mark.parametrize("place", ["scan.nii.gz", "scans/uad.log", "none/uad.log", "scans"])

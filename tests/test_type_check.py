@@ -83,7 +83,7 @@ def test_argument_of_the_wrong_type(given, message):
 @pytest.mark.parametrize(
     ("item", "value", "message"),
     [
-        ("network_def::smoothing_vox", "abc", "VolumeDetector: smoothing_vox = 'abc'; give a number"),
+        ("network_def::smoothing_vox", "abc", "VolumeDetector: smoothing_vox = 'abc'; give a number or a list, each "),
         ("unet::channels", "abc", "WeightStandardisedUNet: channels = 'abc'; give a list, each item an integer"),
         ("network_def::nonsense", 1, "VolumeDetector: cannot be made of the given settings (TypeError: "),
         ("device", "tpu", "tpu: is no device; choose cpu, cuda, cuda:0, ..., or mps"),

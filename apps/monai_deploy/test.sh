@@ -12,7 +12,7 @@ block() {  # the n-th block of commands in README.md
 }
 
 cd "$root"
-if [ ! -x "$venv/bin/python" ]; then
+if [ ! -x "$venv/bin/pytest" ]; then  # what is installed last
     echo "== install" && bash -euxo pipefail -c "$(block 1)"
 fi
 eval "$(block 2)"

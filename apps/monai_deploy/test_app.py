@@ -197,12 +197,22 @@ def damaged_weights(folder, bundle):
     weights.write_bytes(content)
 
 
+def damaged_metadata(folder, bundle):
+    (bundle / "configs" / "metadata.json").write_text("{")
+
+
+def bundle_of_others(folder, bundle):
+    (bundle / "configs" / "metadata.json").write_text('{"name": "spleen", "version": "1"}')
+
+
 BAD = {
     other_modality: "DicomError: .*: 0 series match series_rules.json; there are: series 3 't2 tse' MR",
     lost_slice: "DicomError: .*: series 3 't1 mprage': 1 slice.s. missing",
     no_dicom: "DicomError: .*: no DICOM files in it",
     cut_file: "DicomError: .*: DICOM file 40 of .* is damaged",
     damaged_weights: "BundleError: .*: not a weights file",
+    damaged_metadata: "BundleError: .*metadata.json: no metadata .*; take the bundle anew",
+    bundle_of_others: "BundleError: .*metadata.json: says nothing of its title, modalities; give",
 }
 
 
@@ -252,6 +262,11 @@ REFUSED = {  # what differs from a good command, and the line
         "SettingError: .*choose one of atlas, deepbet, .*none",
     ),
     "no rules": ({"settings": "detection:\n  rules: mine.json\n"}, "SettingError: .*mine.json: no such file of rules"),
+    "pattern that is none": (
+        {"rules": {"SeriesDescription": "(t1"}},
+        r"SettingError: .*mine.json: a rule cannot be used \(.*missing \)",
+    ),
+    "condition that is none": ({"rules": ["MR"]}, "SettingError: .*mine.json: a rule cannot be used .*; write it like"),
     "a head": (
         {"settings": "detection:\n  strip: none\n", "folder": "head"},
         "SkullStripError: .*; skull-strip it first .*, or set strip: atlas in my.yaml$",
@@ -264,6 +279,9 @@ def test_wrong_use_is_one_line(case, samples, tmp_path):
     change, line = REFUSED[case]
     command = {"folder": samples["T1"], "bundle": BUNDLES / "dae", "output": tmp_path / "out", "settings": SETTINGS}
     command |= change
+    if rules := command.pop("rules", None):
+        command["settings"] = "detection:\n  rules: mine.json\n"
+        (tmp_path / "mine.json").write_text(json.dumps({"selections": [{"name": "T1", "conditions": rules}]}))
     if (settings := command.pop("settings")) is not None:
         (tmp_path / "my.yaml").write_text(settings)
     if command["folder"] == "head":

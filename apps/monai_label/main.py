@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import monailabel
 from fastapi import HTTPException
 from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.endpoints import batch_infer, infer, train
+from monailabel.endpoints import batch_infer, infer, scoring, train
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.exception import MONAILabelException
 from monailabel.interfaces.tasks.strategy import Strategy
@@ -28,7 +28,13 @@ from monailabel.tasks.infer.bundle import BundleInferTask
 WORDS: dict[str, str] = {}  # for settings that a bundle's errors may advise: this server has none of them
 # what MONAI Label and its viewers put into a request beside the settings that a model shows
 OF_VIEWERS = {"client_id", "label_info", "label_tag", "logging", "save_label", "timeout"}
-OF_VIEWERS |= {f"result_{name}" for name in ("compress", "dtype", "extension", "write_to_file")}
+OF_VIEWERS |= {f"result_{name}" for name in ("compress", "dtype", "extension")}
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+CHOICES = {  # MONAI Label fails at other values with a bare 500, at some of them after the calculation
+    "logging": (*LEVELS, *(level.lower() for level in LEVELS)),
+    "result_dtype": ("uint8", "int16", "uint16", "int32", "float32"),
+    "result_extension": (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha"),
+}
 OF_BATCHES = {"gpus", "images", "max_batch_size", "max_workers", "multi_gpu"}
 
 
@@ -91,6 +97,7 @@ class App(MONAILabelApp):
         infer.run_inference = before(infer.run_inference, self.check_infer)
         batch_infer.run = before(batch_infer.run, self.check_batch)
         train.run = train.run_model = refuse_training
+        scoring.run_method = refuse_scoring
 
     def check_infer(
         self, model: str, image: str, session_id: str, params: str, file: Any, output: Any, **_: Any
@@ -104,16 +111,16 @@ class App(MONAILabelApp):
             given = json.loads(params or "{}", parse_constant=no_json)
         except ValueError as error:
             raise HTTPException(422, f'params is not JSON ({error}); write it like {{"threshold": 0.1}}') from error
-        self.check_names(model, given, OF_VIEWERS)
+        self.check_params(model, given, OF_VIEWERS)
 
     def check_batch(self, model: str, params: Any, **_: Any) -> None:
         """Raises HTTPException where a request for all images would fail at each of them."""
         if model not in self._infers:
             raise HTTPException(404, f"no model {model!r}; there are {', '.join(sorted(self._infers))}")
-        self.check_names(model, params or {}, OF_VIEWERS | OF_BATCHES)
+        self.check_params(model, params or {}, OF_VIEWERS | OF_BATCHES)
 
-    def check_names(self, model: str, given: Any, others: Iterable[str]) -> None:
-        """Raises HTTPException for a parameter that nothing would look at, and for weights that the bundle has not."""
+    def check_params(self, model: str, given: Any, others: Iterable[str]) -> None:
+        """Raises HTTPException for a parameter that nothing would look at, and for a choice that there is not."""
         if not isinstance(given, dict):
             raise HTTPException(422, 'params is no object; write it like {"threshold": 0.1}')
         if model not in self._infers:
@@ -125,6 +132,11 @@ class App(MONAILabelApp):
         chosen, files = given.get("model_filename"), shown["model_filename"]
         if chosen is not None and chosen != files and chosen not in files:
             raise HTTPException(422, f"no weights {chosen!r} in {model}; there are {', '.join(files)}")
+        cards = [f"cuda:{index}" for index in range(len(shown["device"]))]
+        devices = tuple(dict.fromkeys([*shown["device"], "cpu", "cuda", *cards]))
+        for name, choices in (CHOICES | {"device": devices}).items():
+            if given.get(name) not in (None, *choices):
+                raise HTTPException(422, f"{name} is {given[name]!r}; choose one of {', '.join(choices)}")
 
     def init_infers(self) -> dict[str, AnomalyDetection]:
         """The models by the names of their folders."""
@@ -138,6 +150,13 @@ class App(MONAILabelApp):
         """Raises HTTPException, whose text viewers show, for a model or an image that is not there."""
         try:
             return super().infer(request, datastore)
+        except MONAILabelException as error:
+            raise HTTPException(404, error.msg) from error
+
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Raises HTTPException for a strategy that is not there."""
+        try:
+            return super().next_sample(request)
         except MONAILabelException as error:
             raise HTTPException(404, error.msg) from error
 
@@ -164,3 +183,8 @@ def no_json(constant: str) -> NoReturn:
 def refuse_training(model: str = "", *_: Any, **__: Any) -> NoReturn:
     """Raises HTTPException."""
     raise HTTPException(404, f"no trainer for {model or 'any bundle'} on this server; `uad train` trains, on a cohort")
+
+
+def refuse_scoring(method: str, *_: Any, **__: Any) -> NoReturn:
+    """Raises HTTPException."""
+    raise HTTPException(404, f"no scoring method {method!r} on this server; scores come with the answer to /infer")

@@ -116,7 +116,7 @@ def test_viewer_gets_the_mask_and_the_score(model, infos):
 def test_threshold_of_a_viewer(as_text):
     """OHIF sends text. Without small components removed, the mask is what the map says."""
     anomaly_map, sums = values(expected("dae")), []
-    for threshold in (0.05, 0.1, 0.2):
+    for threshold in (1.5, 2.5, 5.0):
         settings = {"threshold": str(threshold) if as_text else threshold, "min_volume_ml": 0.0}
         image, scores = infer("dae", **settings, **VIEWER)
         assert np.array_equal(values(image), anomaly_map > threshold)
@@ -211,12 +211,18 @@ def test_bad_request_is_refused():
         (f"infer/dae?image={NAME}", "{bad", 422, "params is not JSON"),
         (f"infer/dae?image={NAME}", '{"threshold": NaN}', 422, "NaN"),
         (f"infer/dae?image={NAME}", '{"threshold": 1e999}', 422, "threshold is inf"),
+        (f"infer/dae?image={NAME}", '{"device": "quantum"}', 422, "device is 'quantum'; choose one of cpu"),
+        (f"infer/dae?image={NAME}", '{"logging": "loud"}', 422, "logging is 'loud'"),
+        (f"infer/dae?image={NAME}", '{"result_dtype": "uint99"}', 422, "result_dtype is 'uint99'"),
+        (f"infer/dae?image={NAME}", '{"result_extension": ".doc"}', 422, "result_extension is '.doc'; choose one"),
         (f"infer/dae?image={NAME}", "[0.1]", 422, "params is no object"),
         (f"infer/dae?image={NAME}&output=dicom_seg", "{}", 422, "no DICOM from a folder of images"),
         (f"infer/dae?image={NAME}&output=nothing", "{}", 422, "output"),
         ("infer/dae", "{}", 422, "no image"),
         ("train/dae", None, 404, "no trainer for dae"),
         ("train/", None, 404, "no trainer for any bundle"),
+        ("scoring/dice", None, 404, "no scoring method 'dice'"),
+        ("activelearning/random", None, 404, "no such strategy 'random'"),
         ("batch/infer/berdiff", None, 404, "no model 'berdiff'; there are dae, mad_ad"),
     ],
 )
@@ -234,17 +240,17 @@ def test_batch_of_a_misspelt_setting_is_refused():
 
 
 def test_many_clients_at_once():
-    """20 requests of 4 clients, each with settings of its own."""
+    """12 requests of 4 clients, each with settings of its own."""
     choice = random.Random(0)  # noqa: S311
-    thresholds = [round(choice.uniform(0.03, 0.3), 4) for _ in range(20)]
-    models = ["mad_ad" if index % 7 == 3 else "dae" for index in range(20)]
+    models = ["mad_ad" if index % 5 == 3 else "dae" for index in range(12)]
+    thresholds = [round(choice.uniform(0.5, 2) * record(model)["threshold"], 4) for model in models]
 
     def ask(model, threshold):
         image, scores = infer(model, threshold=threshold, min_volume_ml=0.0, **VIEWER)
         return np.array_equal(values(image), values(expected(model)) > threshold) and scores["threshold"] == threshold
 
     with ThreadPoolExecutor(4) as clients:
-        assert list(clients.map(ask, models, thresholds)) == [True] * 20
+        assert list(clients.map(ask, models, thresholds)) == [True] * 12
 
 
 def test_commands_of_the_readme(tmp_path):
@@ -258,7 +264,7 @@ def test_commands_of_the_readme(tmp_path):
     assert np.array_equal(values(sitk.ReadImage(str(tmp_path / "map.nii.gz"))), anomaly_map)
     above = values(sitk.ReadImage(str(tmp_path / "mask_above.nii.gz")))
     assert 0 < above.sum() < mask.sum()
-    assert not above[anomaly_map <= 0.15].any()
+    assert not above[anomaly_map <= 5].any()
     scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert scores["volume_score"] == pytest.approx(record("dae")["volume_score"], rel=1e-6)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from ..errors import CohortError
+from ..errors import CohortError, OutputError
 from ..files import replacing
-from ..outputs import is_safe_name
+from ..outputs import check_file, is_safe_name
 
 Split = Literal["train", "val", "test"]
 OTHER_COLUMNS = ("subject", "split", "site", "brain", "lesion")
@@ -19,6 +19,23 @@ SAMPLE_DIR = Path(__file__).parent / "sample"
 def sample_dir() -> str:
     """Folder of the sample that the package ships: the MNI152 template with simulated lesions."""
     return str(SAMPLE_DIR)
+
+
+def write_sample(folder: Path) -> list[Path]:
+    """Copy the files of `sample_dir` into a folder, which is made; where they are.
+
+    Raises OutputError where a file of the name of one is there and is another, or where it cannot be written.
+    """
+    content = {folder / source.name: source.read_bytes() for source in sorted(SAMPLE_DIR.iterdir())}
+    for path, voxels in content.items():
+        check_file(path, path.is_file() and path.read_bytes() == voxels, "a file of the sample")
+    try:
+        for path, voxels in content.items():
+            with replacing(path) as temporary:
+                temporary.write_bytes(voxels)
+    except OSError as error:
+        raise OutputError(folder, f"cannot be written ({error.strerror or error})", "choose another folder") from error
+    return list(content)
 
 
 def read_cohort(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.networks.layers import gaussian_1d, separable_filtering
-from monai.utils import convert_to_tensor
+from monai.utils import convert_to_tensor, ensure_tuple, ensure_tuple_rep
 from torch import Tensor, nn
 
 from ..errors import BundleError, SettingError
@@ -38,7 +38,8 @@ class VolumeDetector(Recorded, nn.Module):
         combine: the map of several seeds: "maps", their mean; "mahalanobis", the distance to their reconstructions by
             the covariance of these, see `mahalanobis_map`: instead of the method's own map, so without its median.
         regularisation: of "mahalanobis"; 0.01 as published, with 10 seeds.
-        smoothing_vox: Gaussian smoothing of the map in three dimensions, in voxels, within the foreground; 0 for none.
+        smoothing_vox: standard deviation of a Gaussian smoothing of the map within the foreground, in voxels: a number
+            for all three axes, or one for each; 0 for none. Slices that are no neighbours have 0 along `axis`.
         normalisation: what `Postprocessing` does to the map next; its atlas travels with the weights.
 
     `slice_scores`, (B, D) along `axis`: the method's own image-level scores of the slices that the last call has seen,
@@ -61,13 +62,15 @@ class VolumeDetector(Recorded, nn.Module):
         mirror: bool = False,
         combine: Literal["maps", "mahalanobis"] = "maps",
         regularisation: float = 0.01,
-        smoothing_vox: float = 0.0,
+        smoothing_vox: float | Sequence[float] = 0.0,
         normalisation: WithinSubjectNormalisation | None = None,
     ) -> None:
         super().__init__()
-        if num_seeds < 1 or smoothing_vox < 0:
+        sigmas = ensure_tuple(smoothing_vox)
+        if num_seeds < 1 or len(sigmas) not in (1, 3) or min(sigmas) < 0:
             fact = f"num_seeds = {num_seeds}, smoothing_vox = {smoothing_vox}"
-            raise SettingError("VolumeDetector", fact, "choose at least one seed, and a smoothing of 0 or more")
+            remedy = "choose at least one seed, and a smoothing of 0 or more, one number or three"
+            raise SettingError("VolumeDetector", fact, remedy)
         if combine == "mahalanobis" and (num_seeds < 2 or regularisation <= 0):
             fact = f"num_seeds = {num_seeds}, regularisation = {regularisation} with mahalanobis"
             raise SettingError("VolumeDetector", fact, "choose at least two seeds, and a regularisation above 0")
@@ -101,7 +104,7 @@ class VolumeDetector(Recorded, nn.Module):
                 scores[batch] = found
         self.slice_scores = None if scores.isnan().all() else scores.unflatten(0, (len(image), count))
         result = result.unflatten(0, (len(image), count)).movedim(1, self.axis + 2).contiguous()
-        if self.smoothing_vox > 0:
+        if any(ensure_tuple(self.smoothing_vox)):
             result[:, :1] = smoothed_within(result[:, :1], foreground_of(image), self.smoothing_vox)
         return result
 
@@ -178,12 +181,22 @@ def slice_seeds(seed: int, positions: Tensor) -> Tensor:
     return seed * 1_000_003 + positions  # a prime: volumes of neighbouring seeds share none
 
 
-def smoothed_within(anomaly_map: Tensor, foreground: Tensor, smoothing_vox: float) -> Tensor:
-    """Gaussian mean of the foreground's voxels only, 0 outside: (B, 1, H, W, D) float and bool -> float."""
-    kernel = gaussian_1d(torch.tensor(smoothing_vox), truncated=3.0, approx="sampled", normalize=True).to(anomaly_map)
+def smoothed_within(anomaly_map: Tensor, foreground: Tensor, smoothing_vox: float | Sequence[float]) -> Tensor:
+    """Gaussian mean of the foreground's voxels only, 0 outside: (B, 1, H, W, D) float and bool -> float.
+
+    smoothing_vox: as for `VolumeDetector`.
+    """
+    kernels = [_kernel(sigma).to(anomaly_map) for sigma in ensure_tuple_rep(smoothing_vox, 3)]
     weights = foreground.to(anomaly_map.dtype)
-    total, weight = (separable_filtering(x, [kernel] * 3) for x in (anomaly_map * weights, weights))
+    total, weight = (separable_filtering(x, kernels) for x in (anomaly_map * weights, weights))
     return torch.where(foreground, total / weight.clamp(min=torch.finfo(weight.dtype).tiny), 0)
+
+
+def _kernel(sigma_vox: float) -> Tensor:
+    """(n,), of sum 1."""
+    if sigma_vox == 0:
+        return torch.ones(1)
+    return gaussian_1d(torch.tensor(float(sigma_vox)), truncated=3.0, approx="sampled", normalize=True)
 
 
 def _check_preparation(module: VolumeDetector, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

@@ -113,6 +113,15 @@ class DetectionMetrics:
             ssim=ssim,
         )
 
+    def merge(self, other: DetectionMetrics) -> None:
+        """Add the subjects that others are the metrics of, from another process perhaps.
+
+        Raises ValueError for a subject that is in both.
+        """
+        if twice := sorted(self._records.keys() & other._records.keys()):
+            raise ValueError(f"{twice[0]}: was added before; measure each subject once")
+        self._records |= other._records
+
     def compute(self, seed: int = 0, n_bootstrap: int = 1000) -> dict[str, Any]:
         """The result, ready for JSON; None where undefined. Does not depend on the order of the subjects.
 

@@ -62,6 +62,15 @@ class PaperSlices:
             self._by_slice["auprc"].append(found["auprc"]["mean"])
             self._by_slice["psnr"].append(float(psnr(image[None, ..., index], reconstruction[None, ..., index])[0]))
 
+    def merge(self, other: PaperSlices) -> None:
+        """Add the subjects of others, after those that are here."""
+        self._middle += other._middle
+        self._largest += other._largest
+        self._areas_mm2 += other._areas_mm2
+        self._healthy_ssim += other._healthy_ssim
+        for name, values in other._by_slice.items():
+            self._by_slice[name] += values
+
     def compute(self) -> dict[str, Any]:
         """A dictionary for each protocol; None where its slices are none.
 

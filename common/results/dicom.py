@@ -32,7 +32,7 @@ NEEDED = ("StudyInstanceUID", "SOPClassUID", "SOPInstanceUID", "FrameOfReference
 REPAIR = "repair the headers, or use the results as NIfTI, which do not need them"
 MAY_BE_EMPTY = (  # and lack in anonymised images, while highdicom wants them all
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "AccessionNumber"),
-    *("StudyID", "StudyDate", "StudyTime", "SliceThickness"),
+    *("StudyID", "StudyDate", "StudyTime"),
 )
 
 
@@ -58,7 +58,8 @@ def save_dicom(
     Raises DicomError where the source images lack or garble what the objects take from them, of which nothing is
     written then.
     """
-    sources = [_source(series, path) for path in series.files]
+    spacing_mm = float(np.linalg.norm(case.affine[:3, 2]))  # between slices
+    sources = [_source(series, path, spacing_mm) for path in series.files]
     if len(sources) > 1 and "PerFrameFunctionalGroupsSequence" in sources[0]:
         fact = f"{series.name} is {len(sources)} enhanced images, DICOM results refer to one"
         raise DicomError(series.folder, fact, "convert it to one multi-frame image")
@@ -128,7 +129,7 @@ def check_values(dataset: Any) -> None:
                 check_values(item)
 
 
-def _source(series: Series, path: Path) -> Any:
+def _source(series: Series, path: Path, spacing_mm: float) -> Any:
     dataset = pydicom.dcmread(path, stop_before_pixels=True)
     missing = [keyword for keyword in NEEDED if not dataset.get(keyword)]
     if missing:
@@ -139,6 +140,8 @@ def _source(series: Series, path: Path) -> Any:
             setattr(dataset, keyword, None)
     if "PerFrameFunctionalGroupsSequence" in dataset:
         _share(dataset)
+    elif not dataset.get("SliceThickness"):
+        dataset.SliceThickness = f"{spacing_mm:.9g}"  # a segmentation must have one, which many programs read
     return dataset
 
 

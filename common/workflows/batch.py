@@ -18,6 +18,7 @@ from monai.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..detection.reliability import OK, UNRELIABLE
+from ..devices import keep_freed_memory
 from ..errors import OutputError
 from ..files import discard_partial, replacing
 from ..images.check import root_cause
@@ -104,10 +105,6 @@ class StatusTable:
             self._unwritten[row[0]] = row
             _say(f"{self.path}: the line of {row[0]} cannot be written ({error.strerror or error})")
 
-    def add_error(self, case: str, error: Exception, seconds: float) -> None:
-        """Append the line of a case that failed, and say it on stderr."""
-        self.add_failure(case, *failure_of(case, error), seconds)
-
     def add_failure(self, case: str, kind: str, message: str, seconds: float) -> None:
         """Append the line of a case that failed with this kind of error, and say it on stderr."""
         self.add(case, kind, seconds, message)
@@ -130,10 +127,15 @@ class StatusTable:
 
     def is_done(self, case: str) -> bool:
         """Whether the case is there and was written, in this process or in another one."""
-        case = one_cell(case)
-        if case not in self.rows or self.rows[case][1] not in (OK, UNRELIABLE):
+        if not is_done(self.rows, case):
             self.rows |= read_status(self.path) | self._unwritten
-        return case in self.rows and self.rows[case][1] in (OK, UNRELIABLE)
+        return is_done(self.rows, case)
+
+
+def is_done(rows: Mapping[str, Sequence[str]], case: str) -> bool:
+    """Whether the rows of a status table, by case, say that the case was written."""
+    row = rows.get(one_cell(case))
+    return row is not None and row[1] in (OK, UNRELIABLE)
 
 
 def read_status(path: Path) -> dict[str, tuple[str, ...]]:
@@ -189,6 +191,7 @@ class CaseRunner:
     """
 
     def __init__(self, workflow: ConfigWorkflow) -> None:
+        keep_freed_memory()
         content = workflow.parser.get_parsed_content
         self.evaluator: DetectionEvaluator = content("evaluator")
         self.preprocessing = content("preprocessing")
@@ -205,6 +208,7 @@ class CaseRunner:
         """Detect, and write the case. Raises what went wrong, with a UADError as its cause if the input is to blame."""
         self._error = None
         self.evaluator.data_loader = DataLoader(Dataset([item], self.preprocessing))
+        self.evaluator.state.epoch_length = 1  # whatever the length of the workflow's own data was
         self.evaluator.run()
         if self._error is not None:
             raise self._error

@@ -76,12 +76,12 @@ class DetectionEvaluator(SupervisedEvaluator):
         self.preprocessing = preprocessing
         self.postprocessing = postprocessing
         self._loaded = False
-        self.add_event_handler(Events.STARTED, self._load)
+        self.add_event_handler(Events.STARTED, self.load)
         self.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._keep_scores)
         task.attach(self)
 
-    def _load(self) -> None:
-        """Raises BundleError."""
+    def load(self) -> None:
+        """Put the weights into the network, the first time. Raises BundleError."""
         if not self._loaded:
             load_into(self.network, self.weights)
             self.network.eval()

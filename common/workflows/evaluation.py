@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -33,7 +33,7 @@ from ..transforms.load import load_lesion
 from ..transforms.postprocess import intensity_unit, intensity_zero, to_input_grid
 from .engines import DetectionEvaluator, cases, method_scores
 from .inference import said
-from .run_time import RunTime
+from .run_time import CaseTime, RunTime
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,15 @@ class BaselineMetrics:
         self.of_prepared = {} if healthy is None else healthy.atlases
         if healthy is not None:
             self.baselines["mean_healthy_image"] = healthy.mean_image
-        self.metrics = {name: DetectionMetrics() for name in (*self.baselines, *self.of_prepared)}
+        self.metrics = self._none_yet()
+
+    def _none_yet(self) -> dict[str, DetectionMetrics]:
+        return {name: DetectionMetrics() for name in (*self.baselines, *self.of_prepared)}
+
+    def taken(self) -> dict[str, DetectionMetrics]:
+        """The metrics of the subjects that were added, by the names of the baselines; forgets them."""
+        taken, self.metrics = self.metrics, self._none_yet()
+        return taken
 
     def update(self, case: LabelledCase) -> None:
         """Add a case."""
@@ -100,6 +108,11 @@ class BaselineMetrics:
             self.metrics[name].update(
                 case.subject, anomaly_map[0], case.lesion, case.brain[0], voxel_ml=case.voxel_ml, site=case.site
             )
+
+    def merge(self, others: Mapping[str, DetectionMetrics]) -> None:
+        """Add the subjects of the same baselines, measured elsewhere."""
+        for name, metrics in others.items():
+            self.metrics[name].merge(metrics)
 
     def compute(self, seed: int) -> dict[str, dict[str, Any]]:
         """The metrics of each baseline."""
@@ -126,6 +139,17 @@ def on_slices_of(case: LabelledCase, scores: Tensor, axis: int) -> NDArray[np.fl
     total, weight = moved.sum(dim=(1, 2)).numpy()
     found = np.flatnonzero(weight > 0)
     return np.interp(np.arange(len(total)), found, total[found] / weight[found])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is kept of cases that were measured, which passes from one process to another. baselines: by their names."""
+
+    threshold: float
+    metrics: DetectionMetrics
+    protocols: PaperSlices
+    baselines: Mapping[str, DetectionMetrics]
+    times: Sequence[CaseTime]
 
 
 class Evaluate:
@@ -158,27 +182,39 @@ class Evaluate:
 
     def attach(self, evaluator: DetectionEvaluator) -> None:
         """Add the handler to an evaluator of a labelled cohort, which knows network, weights and settings."""
-        self.evaluator = evaluator
-        self.run_time = RunTime(evaluator.network.axis)
         evaluator.add_event_handler(Events.STARTED, self.check)
         evaluator.add_event_handler(Events.STARTED, self.fit_baselines)
-        self.run_time.attach(evaluator)
-        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self)
+        self.attach_measurement(evaluator)
         evaluator.add_event_handler(Events.COMPLETED, self.finish)
 
-    def check(self, engine: Engine) -> None:
+    def attach_measurement(self, evaluator: DetectionEvaluator) -> None:
+        """Add what measures each case, and no more."""
+        self.evaluator = evaluator
+        self.run_time = RunTime(evaluator.network.axis)
+        self.run_time.attach(evaluator)
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def check(self) -> None:
         """Before the first subject: no result is written over an input. Raises OutputError."""
-        data = getattr(getattr(engine.state.dataloader, "dataset", None), "data", ())
+        data = getattr(getattr(self.evaluator.data_loader, "dataset", None), "data", ())
         inputs = [*input_files(data), self.evaluator.weights]
         check_result(self.result, inputs, "bundle", "weights_sha256")
         check_result(replicates_path(self.result), inputs, "replicates")
 
-    def fit_baselines(self, engine: Engine) -> None:
+    def healthy_subjects(self) -> list[dict[str, Any]]:
+        """A datalist of those that baselines are fitted on, empty where there are none. Raises CohortError."""
+        wanted = self.with_baselines and self.cohort is not None
+        return healthy_training_subjects(str(self.cohort), self.modalities) if wanted else []
+
+    def fit_baselines(self) -> None:
         """Before the first subject. Raises CohortError, or what the preprocessing raises."""
+        prepare: Any = self.evaluator.preprocessing
+        self.use_baselines(fit_healthy_baselines(self.healthy_subjects(), prepare))
+
+    def use_baselines(self, healthy: HealthyBaselines | None) -> None:
+        """Measure the baselines, if any are wanted, with those that have seen healthy subjects."""
         if self.with_baselines:
-            prepare: Any = self.evaluator.preprocessing
-            healthy = [] if self.cohort is None else healthy_training_subjects(self.cohort, self.modalities)
-            self.baselines = BaselineMetrics(self.modalities, fit_healthy_baselines(healthy, prepare))
+            self.baselines = BaselineMetrics(self.modalities, healthy)
 
     def __call__(self, engine: Engine) -> None:
         """Add the subjects of the batch."""
@@ -214,7 +250,16 @@ class Evaluate:
             if self.baselines is not None:
                 self.baselines.update(case)
 
-    def finish(self, engine: Engine) -> None:
+    def add(self, measured: Measured) -> None:
+        """Add cases that were measured in another process, in the order of the cohort."""
+        self.threshold = measured.threshold
+        self.metrics.merge(measured.metrics)
+        self.protocols.merge(measured.protocols)
+        self.run_time.times.extend(measured.times)
+        if self.baselines is not None:
+            self.baselines.merge(measured.baselines)
+
+    def finish(self) -> None:
         """Compute, and write the result."""
         network = self.evaluator.network
         seed, calibration = network.seed, network.calibration
@@ -236,6 +281,21 @@ class Evaluate:
             **lists,
         }
         write_result(result, self.result)
+
+
+class MeasureCases(Evaluate):
+    """Measures cases for another process, which joins them, fits the baselines, and writes the result."""
+
+    def attach(self, evaluator: DetectionEvaluator) -> None:
+        """Add the handler to an evaluator."""
+        self.attach_measurement(evaluator)
+
+    def taken(self) -> Measured:
+        """What was measured since this was asked the last time."""
+        baselines = {} if self.baselines is None else self.baselines.taken()
+        found = Measured(self.threshold, self.metrics, self.protocols, baselines, self.run_time.times)
+        self.metrics, self.protocols, self.run_time.times = DetectionMetrics(), PaperSlices(), []
+        return found
 
 
 def write_result(result: Mapping[str, Any], path: Path) -> None:
@@ -285,10 +345,10 @@ def fit_healthy_baselines(
     """The baselines that have seen prepared healthy training subjects; None where the cohort has none."""
     if not data:
         return None
+    return HealthyBaselines.fit((healthy_volume(transform(item)) for item in data), len(data))
 
-    def volumes() -> Iterator[tuple[Tensor, Tensor]]:
-        for item in data:
-            image = transform(item)["image"].as_tensor()
-            yield image, foreground_of(image[None])[0]
 
-    return HealthyBaselines.fit(volumes(), len(data))
+def healthy_volume(prepared: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """What baselines see of a prepared subject: image (C, H, W, D) in [0, 1] and foreground (1, H, W, D) bool."""
+    image = prepared["image"].as_tensor()
+    return image, foreground_of(image[None])[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +20,84 @@ from ..progress import Progress
 from ..results.case import save_nifti
 from ..transforms.load import load_lesion
 from ..transforms.pipeline import BrainPreprocessing
-from .batch import OK, StatusTable, claimed, read_status
+from .batch import CaseDone, StatusTable, claimed, failure_of, is_done, read_status
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a cohort is prepared, and where it goes: all that a process needs to do a subject.
+
+    output: folder of the prepared cohort. modalities: of the images. spacing_mm, register, strip: see
+    `BrainPreprocessing`.
+    """
+
+    output: Path
+    modalities: Sequence[str]
+    spacing_mm: float
+    register: bool
+    strip: str | None
+
+    @functools.cached_property
+    def preprocessing(self) -> BrainPreprocessing:
+        """Of every subject."""
+        return BrainPreprocessing(
+            self.spacing_mm,
+            percentile=98.0,
+            upper=0.8,
+            canvas=0,
+            channels=len(self.modalities),
+            register=self.register,
+            strip=self.strip,
+        )
+
+    def run(self, item: Mapping[str, Any]) -> CaseDone:
+        """Prepare a subject unless it is there already; what is wrong with it is said in the result."""
+        subject, started = str(item["subject"]), time.perf_counter()
+        files = [self.output / name for name in prepared_files(item, self.modalities).values()]
+        try:
+            if is_done(read_status(self.table_path), subject) and all(file.is_file() for file in files):
+                return CaseDone(subject, 0, {}, was_there=True)
+            for file, volume in zip(files, prepare_subject(self.preprocessing, item), strict=True):
+                discard_partial(file.parent, file.name)
+                with replacing(file) as temporary:
+                    save_nifti(volume, volume.affine.numpy(), temporary)
+            return CaseDone(subject, time.perf_counter() - started, {})
+        except Exception as error:
+            return CaseDone(subject, time.perf_counter() - started, {}, failure=failure_of(subject, error))
+
+    @property
+    def table_path(self) -> Path:
+        """What became of each subject."""
+        return self.output / "status.tsv"
+
+    def write(self, outcomes: Iterable[CaseDone], items: Sequence[Mapping[str, Any]]) -> int:
+        """Write the status of each subject as it comes, and at the end `cohort.csv` of those that went well.
+
+        Returns how many did not. Raises OutputError.
+        """
+        failed = set()
+        with StatusTable(self.table_path) as table:
+            for done in outcomes:
+                failed |= {done.case} if done.failure is not None else set()
+                table.add_case(done)
+        columns = ("subject", "split", *(["site"] if any("site" in item for item in items) else []))
+        rows = [
+            {column: str(item.get(column, "")) for column in columns} | prepared_files(item, self.modalities)
+            for item in items
+            if str(item["subject"]) not in failed
+        ]
+        write_cohort(self.output / "cohort.csv", self.modalities, rows)
+        return len(failed)
+
+
+def preparation_of(
+    cohort: Path, output: Path, spacing_mm: float, register: bool, strip: str | None
+) -> tuple[Preparation, list[dict[str, object]]]:
+    """How a cohort will be prepared, and its subjects, as a datalist. Raises CohortError or OutputError."""
+    modalities = cohort_modalities(cohort)
+    items = read_cohort(cohort, modalities)
+    check_output(cohort, output, [name for item in items for name in prepared_files(item, modalities).values()])
+    return Preparation(output, modalities, spacing_mm, register, strip), items
 
 
 def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool, strip: str | None) -> int:
@@ -28,36 +107,13 @@ def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool
     to correct the bias field. Returns how many failed; they are in `status.tsv` and not in the new cohort.
     Raises CohortError or OutputError.
     """
-    modalities, table_path = cohort_modalities(cohort), output / "status.tsv"
-    items = read_cohort(cohort, modalities)
-    paths = {str(item["subject"]): prepared_files(item, modalities) for item in items}
-    check_output(cohort, output, [name for files in paths.values() for name in files.values()])
-    preprocessing = BrainPreprocessing(
-        spacing_mm, percentile=98.0, upper=0.8, canvas=0, channels=len(modalities), register=register, strip=strip
-    )
-    failed = set()
-    with StatusTable(table_path) as table, Progress(len(items), "subject") as progress:
-        for item in progress.each(claimed(output, items), lambda item: str(item["subject"])):
-            subject, started = str(item["subject"]), time.perf_counter()
-            files = [output / name for name in paths[subject].values()]
-            try:
-                if not (table.is_done(subject) and all(file.is_file() for file in files)):
-                    for file, volume in zip(files, prepare_subject(preprocessing, item), strict=True):
-                        discard_partial(file.parent, file.name)
-                        with replacing(file) as temporary:
-                            save_nifti(volume, volume.affine.numpy(), temporary)
-                    table.add(subject, OK, time.perf_counter() - started)
-            except Exception as error:
-                failed.add(subject)
-                table.add_error(subject, error, time.perf_counter() - started)
-    columns = ("subject", "split", *(["site"] if any("site" in item for item in items) else []))
-    rows = [{column: str(item.get(column, "")) for column in columns} for item in items]
-    prepared = [row | paths[row["subject"]] for row in rows if row["subject"] not in failed]
-    write_cohort(output / "cohort.csv", modalities, prepared)
-    return len(failed)
+    preparation, items = preparation_of(cohort, output, spacing_mm, register, strip)
+    with Progress(len(items), "subject") as progress:
+        each = progress.each(claimed(output, items), lambda item: str(item["subject"]))
+        return preparation.write(map(preparation.run, each), items)
 
 
-def prepared_files(item: Mapping[str, Any], modalities: list[str]) -> dict[str, str]:
+def prepared_files(item: Mapping[str, Any], modalities: Sequence[str]) -> dict[str, str]:
     """Where the images and masks of a subject are written, by column, below the folder of the prepared cohort."""
     names = [*modalities, "brain", *(["lesion"] if "lesion" in item else [])]
     return {name: f"{item['subject']}/{name}.nii.gz" for name in names}

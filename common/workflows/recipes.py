@@ -56,7 +56,8 @@ class Recipe:
         tests: the cohorts whose split test is measured, by the names of the data sets.
         sprites: instead of both: the cohort of a folder with several seeds.
         prepare: spacing in mm, and whether everything is brought to MNI152 first; None where it is not needed.
-        rows: by name the key of a training, unless a column has it, and items of the inference.
+        rows: by name the key of a training, unless a column has it, and items of the inference; of sprites also
+            `score`, whether images are ranked by the method's own score too where that takes passes of its own.
         columns: by name the path of a metric in a result; the key of a training or of a test where there are several.
         percent: whether numbers are in %.
         mean: whether a last column is the mean of the others.

@@ -25,9 +25,11 @@ from ..errors import BundleError, CohortError, SettingError
 from ..files import replacing
 from ..outputs import Inputs, check_file
 from ..recorded import digest_of
+from ..weights import weights_sha256
 from .evaluation import write_result
 from .prepare import prepare_cohort
 from .recipes import Networks, Part, Recipe, Training, recipe
+from .variants import Variant
 
 FIRST_LINE = "# {title}\n"
 STAGE = ("train.json",)  # whose items may be set
@@ -183,7 +185,8 @@ class Reproduction:
         key, test = column.get("training") or row["training"], column.get("test") or next(iter(tests))
         training, weights = self.trainings[key], self.weights(key)
         configs, items = ["inference.json", "evaluate.json"], {**self.changes(training), **row["set"]}
-        about = {"training": self.training_folder(key).name, "networks": self.networks, "test": test, "items": items}
+        made = weights_sha256(weights) if self.is_shipped else self.training_folder(key).name
+        about = {"weights": made, "networks": self.networks, "test": test, "items": items}
         path = self.place("results", training.bundle, **about).with_suffix(".json")
         if not path.is_file():
             configs += self.overlays(training)
@@ -278,20 +281,31 @@ def number(path: Path, metric: str) -> float | None:
 
 
 def sprite_table(plan: Reproduction) -> str:
-    """The table that `scripts/evaluate_sprites.py` writes of the cohorts of all draws, with the paper's rows."""
-    rows = []
-    for row in plan.recipe.rows.values():
-        training, weights = plan.trainings[row["training"]], plan.weights(row["training"])
-        config = merged_config(plan, training, row["training"])
-        items = {"weights": str(weights.resolve()), **row["set"]}
-        rows.append(f"{config}:{','.join(f'{item}={value}' for item, value in items.items())}")
+    """The table of `scripts/evaluate_sprites.py`, whose rows are kept one by one; `NAME.json` holds its numbers."""
+    sprites, device = script("evaluate_sprites"), "cuda" if torch.cuda.is_available() else "cpu"
     cohorts = [path.parent for path in plan.sprites()]
-    about = {"rows": rows, "cohorts": [path.name for path in cohorts], "weights": str(plan.networks)}
-    output = plan.place("results", plan.name, **about).with_suffix(".json")
-    if not output.with_suffix(".md").is_file():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        script("evaluate_sprites").main(cohorts, rows, output, "cuda" if torch.cuda.is_available() else "cpu")
-    return output.with_suffix(".md").read_text(encoding="utf-8").rstrip("\n")
+
+    def measured(row: Mapping[str, Any]) -> dict[str, Any]:
+        path, variant = sprite_row(plan, row)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_result(sprites.measure(variant, cohorts, device, with_score=row.get("score", True)), path)
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    result = sprites.record(cohorts, [measured(row) for row in plan.recipe.rows.values()], device)
+    write_result(result, plan.output / f"{plan.name}.json")
+    return str(sprites.table(result["rows"]))
+
+
+def sprite_row(plan: Reproduction, row: Mapping[str, Any]) -> tuple[Path, Variant]:
+    """Where a row of it is kept, and what is measured."""
+    training, weights = plan.trainings[row["training"]], plan.weights(row["training"])
+    config = merged_config(plan, training, row["training"])
+    items = {"weights": str(weights.resolve()), **row["set"]}
+    text = f"{config}:{','.join(f'{item}={value}' for item, value in items.items())}"
+    about = {"row": row, "sprites": plan.recipe.sprites, "config": config.parts[-3], "made": weights_sha256(weights)}
+    path = plan.place("results", training.bundle, **about).with_suffix(".json")
+    return path, Variant.parse(text)
 
 
 def merged_config(plan: Reproduction, training: Training, key: str) -> Path:

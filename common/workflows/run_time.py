@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,20 +17,30 @@ from .engines import cases
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+class CaseTime(NamedTuple):
+    """Of one case, and what that depends on."""
+
+    seconds: float
+    network_seconds: float
+    n_slices: int
+    peak_mb: float
+    device: str
+    threads: int
+
+
 class RunTime:
     """Measures from the file that is read to the result on its own grid; what handlers do with that is not counted.
 
     Args:
         axis: spatial axis of the network's slices.
+
+    `times` holds what was measured, case by case.
     """
 
     def __init__(self, axis: int = 2) -> None:
         self.axis = axis
-        self.seconds: list[float] = []
-        self.network_seconds: list[float] = []
-        self.n_slices: list[int] = []
-        self.peak_mb: list[float] = []
-        self._started = self._network_started = 0.0
+        self.times: list[CaseTime] = []
+        self._started = self._network_started = self._network_seconds = 0.0
         self._device = torch.device("cpu")
 
     def attach(self, engine: Engine) -> None:
@@ -49,13 +59,14 @@ class RunTime:
         self._network_started = self._now()
 
     def _end_network(self, engine: Engine) -> None:
-        self.network_seconds.append(self._now() - self._network_started)
+        self._network_seconds = self._now() - self._network_started
 
     def _end(self, engine: Engine) -> None:
-        self.seconds.append(self._now() - self._started)
-        self.peak_mb.append(peak_memory_mb(self._device))
+        seconds, peak_mb = self._now() - self._started, peak_memory_mb(self._device)
         images = (batch["image"].movedim(self.axis + 1, 0) for batch, _ in cases(engine))
-        self.n_slices.append(sum(int((image > 0).flatten(1).any(1).sum()) for image in images))
+        n_slices = sum(int((image > 0).flatten(1).any(1).sum()) for image in images)
+        where = (str(self._device), torch.get_num_threads())
+        self.times.append(CaseTime(seconds, self._network_seconds, n_slices, peak_mb, *where))
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -67,14 +78,15 @@ class RunTime:
 
         Memory is that of the process on the CPU, that of the tensors on a GPU; None where the system does not say.
         """
-        peak_mb = max(self.peak_mb)
+        seconds, network_seconds, n_slices, peaks_mb, devices, threads = zip(*self.times, strict=True)
+        peak_mb = max(peaks_mb)
         return {
-            "seconds_per_volume": round(float(np.median(self.seconds)), 3),
-            "network_seconds_per_slice": round(sum(self.network_seconds) / max(sum(self.n_slices), 1), 5),
-            "slices_per_volume": round(float(np.mean(self.n_slices)), 1),
+            "seconds_per_volume": round(float(np.median(seconds)), 3),
+            "network_seconds_per_slice": round(sum(network_seconds) / max(sum(n_slices), 1), 5),
+            "slices_per_volume": round(float(np.mean(n_slices)), 1),
             "peak_memory_mb": round(peak_mb) if np.isfinite(peak_mb) else None,
-            "device": str(self._device),
-            "threads": torch.get_num_threads(),
+            "device": devices[-1],
+            "threads": threads[-1],
         }
 
 

@@ -74,7 +74,15 @@ def test_methods_that_decide_may_differ_in_few_voxels(compare):
         "mad_ad": row("mad_ad", oldest=(0.1, 0.001), label=(0.1, 0.5), last_bit=(1, 1)),
     }
     assert compare.above_tolerance(rows) == [("dae", "label"), ("mad_ad", "label")]
+
+
+def test_methods_that_decide_are_known_and_explained(compare):
+    """A bundle in which a last bit of the image carried far is among them."""
+    page = compare.PAGE.read_text(encoding="utf-8").split(compare.MARKERS[1])[1]
+    assert [key for key in compare.DECIDING if f"`{key}`" not in page] == []
     assert set(compare.DECIDING) <= {path.name for path in BUNDLES_DIR.iterdir()}
+    carried_far = {key for key, row in compare.read_rows().items() if row["roads"]["last_bit"]["share"] > 0}
+    assert carried_far <= set(compare.DECIDING)
 
 
 def test_difference_of_maps_is_that_of_places(compare):
@@ -107,14 +115,14 @@ def test_rows_are_kept_and_the_page_is_written(compare, tmp_path, monkeypatch):
     before = "before\n{}\nof another day\n{}\nafter\n".format(*compare.MARKERS)
     (tmp_path / "export.md").write_text(before, encoding="utf-8")
     monkeypatch.setattr(compare, "PAGE", tmp_path / "export.md")
-    monkeypatch.setattr(compare, "measure", lambda keys, environments: {key: row(key) for key in keys})
+    monkeypatch.setattr(compare, "measure", lambda keys, environments: ((key, row(key)) for key in keys))
     compare.main(["dae"], write=True)
     text = (tmp_path / "export.md").read_text(encoding="utf-8")
     assert "of another day" not in text
     assert text.startswith("before\n")
     assert "\n| dae | 2 |" in text
     assert json.loads((tmp_path / "export.json").read_text(encoding="utf-8")).keys() == {"dae"}
-    monkeypatch.setattr(compare, "measure", lambda keys, environments: {"vae": row("vae", oldest=(1, 0.5))})
+    monkeypatch.setattr(compare, "measure", lambda keys, environments: [("vae", row("vae", oldest=(1, 0.5)))])
     with pytest.raises(SystemExit, match="vae by oldest versions"):
         compare.main(["vae"])
     assert json.loads((tmp_path / "export.json").read_text(encoding="utf-8")).keys() == {"dae"}

@@ -2,8 +2,16 @@ from pathlib import Path
 
 import pytest
 
-from common.cohorts.table import check_subjects, cohort_modalities, healthy_subjects, read_cohort, write_cohort
-from common.errors import CohortError
+from common.cohorts.table import (
+    SAMPLE_DIR,
+    check_subjects,
+    cohort_modalities,
+    healthy_subjects,
+    read_cohort,
+    write_cohort,
+    write_sample,
+)
+from common.errors import CohortError, OutputError
 
 COHORT = """subject,split,T1,T2,brain,lesion
 sub-01,train,a/1_T1.nii.gz,a/1_T2.nii.gz,a/1_brain.nii.gz,
@@ -167,3 +175,19 @@ def test_the_site_is_kept_where_it_is_known_and_is_no_modality(tmp_path):
     assert first["site"] == "north" and "site" not in second
     write_cohort(tmp_path / "none.csv", ["T1"], rows[1:])
     assert (tmp_path / "none.csv").read_text(encoding="utf-8").splitlines()[0] == "subject,split,T1,brain,lesion"
+
+
+def test_sample_is_copied_and_replaces_nothing_else(tmp_path):
+    paths = write_sample(tmp_path / "new" / "sample")
+    assert sorted(path.name for path in paths) == sorted(path.name for path in SAMPLE_DIR.iterdir())
+    assert all(path.read_bytes() == (SAMPLE_DIR / path.name).read_bytes() for path in paths)
+    assert sorted(paths[0].parent.iterdir()) == sorted(paths)
+    assert write_sample(paths[0].parent) == paths  # again
+    own = tmp_path / "own" / "LICENSE"
+    own.parent.mkdir()
+    own.write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match="LICENSE: is there already and is not a file of the sample"):
+        write_sample(own.parent)
+    assert [path.read_text(encoding="utf-8") for path in own.parent.iterdir()] == ["mine"]
+    with pytest.raises(OutputError, match=r"own/LICENSE/none: cannot be written"):
+        write_sample(own / "none")

@@ -211,7 +211,23 @@ def test_smoothing_is_the_mean_of_the_foreground_around():
     torch.testing.assert_close(smoothed_within(3 * constant, constant > 0, 2.0), 3 * constant)
 
 
-@pytest.mark.parametrize("wrong", [{"num_seeds": 0}, {"smoothing_vox": -1.0}])
+def test_smoothing_of_slices_that_are_no_neighbours_stays_in_each():
+    image = volume(1, 1, 8, 8, 3)
+    smooth = network(smoothing_vox=[1.5, 1.5, 0])(image)
+    changed = image.clone()
+    changed[..., 1] = image[..., 1].flip(2)
+    other = network(smoothing_vox=[1.5, 1.5, 0])(changed)
+    assert torch.equal(smooth[..., [0, 2]], other[..., [0, 2]]) and not torch.equal(smooth[..., 1], other[..., 1])
+    plain = network()(image)[:, :1]
+    alone = smoothed_within(plain[..., :1], image[..., :1] > 0, 1.5)
+    torch.testing.assert_close(smooth[:, :1, ..., :1], alone)
+    assert not torch.allclose(smooth[:, :1], plain)
+    spread = smoothed_within(plain, image > 0, [0, 0, 1.5])
+    torch.testing.assert_close(smoothed_within(plain, image > 0, [0, 0, 0]), plain)
+    assert not torch.allclose(spread, plain)
+
+
+@pytest.mark.parametrize("wrong", [{"num_seeds": 0}, {"smoothing_vox": -1.0}, {"smoothing_vox": [1.5, 0]}])
 def test_numbers_out_of_range(wrong):
     with pytest.raises(SettingError, match=next(iter(wrong))):
         network(**wrong)

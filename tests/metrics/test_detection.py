@@ -317,3 +317,15 @@ def test_a_subject_twice_and_no_subject_are_refused():
     metrics.update("s", **subject(0))
     with pytest.raises(ValueError, match="s: was added before"):
         metrics.update("s", **subject(0))
+
+
+def test_subjects_measured_apart_are_as_those_measured_together():
+    together, joined = DetectionMetrics(), DetectionMetrics()
+    for name, one in cohort().items():
+        apart = DetectionMetrics()
+        for metrics in (together, apart):
+            metrics.update(name, **one, threshold=0.2)
+        joined.merge(pickle.loads(pickle.dumps(apart)))  # noqa: S301 - our own
+    assert json.dumps(joined.compute(n_bootstrap=20)) == json.dumps(together.compute(n_bootstrap=20))
+    with pytest.raises(ValueError, match="was added before; measure each subject once"):
+        joined.merge(apart)

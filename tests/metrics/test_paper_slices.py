@@ -122,3 +122,12 @@ def test_values_outside_the_foreground_are_ignored():
         slices.update(**given, pixel_mm2=4.0)
         results.append(slices.compute())
     assert results[0] == results[1]
+
+
+def test_subjects_measured_apart_are_as_those_measured_together(subjects, found):
+    joined = PaperSlices()
+    for one in subjects:
+        apart = PaperSlices()
+        apart.update(**one, pixel_mm2=4.0)
+        joined.merge(apart)
+    assert joined.compute() == found

@@ -255,6 +255,9 @@ def test_objects_of_anonymised_images(write_series, phantom, tmp_path):
         dataset = pydicom.dcmread(tmp_path / "out" / f"{name}.dcm")
         assert not [keyword for keyword in keywords if dataset[keyword].value]
         assert decode(tmp_path / "out" / f"{name}.dcm")[0].any()
+    segmentation = highdicom.seg.segread(tmp_path / "out" / "segmentation.dcm")  # refuses one without a thickness
+    measures = segmentation.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    assert measures.SliceThickness == measures.SpacingBetweenSlices == 4  # what lacks is taken from the places
 
 
 def no_frame(dataset, k):

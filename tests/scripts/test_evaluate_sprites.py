@@ -120,6 +120,9 @@ def test_images_are_ranked_by_the_methods_own_score_too(separate, script, config
     line = result.with_suffix(".md").read_text(encoding="utf-8").splitlines()[4]
     assert line.startswith("| method | 1.000 | 1.000 | 1.000 | 1.000 | 0.000 | 0.383 |")
     assert line.endswith("| - |") is not separate
+    row = Variant.parse(f"{config}:weights={config.with_name('model.pt')}")
+    by_map = script.measure(row, [cohort], "cpu", batch_size=4, with_score=False)
+    assert ("method_auroc" in by_map["metrics"]) is not separate  # what comes with the map costs nothing
 
 
 def test_slices_sprites_and_places_belong_together(script, cohort):
@@ -142,6 +145,6 @@ def test_method_gets_each_slice_with_the_seed_of_its_place(script, config, cohor
         return detect(self, image, foreground, seeds)
 
     monkeypatch.setattr(type(detector), "detect", spy)
-    script.measure(row, [cohort], torch.device("cpu"), batch_size=4)
+    script.measure(row, [cohort], "cpu", batch_size=4)
     assert [len(seeds) for seeds in seen] == [4, 2]
     assert (torch.cat(seen) - 2 * 1_000_003).tolist() == [0, 1, 2, 0, 1, 2]

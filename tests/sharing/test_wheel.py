@@ -81,11 +81,12 @@ def test_wheel_holds_all_bundles_and_small_weights_only(wheel):
 
 
 def test_two_commands(uad):
-    """Install it, and examine a scan: with the map that the repository makes."""
-    command, site, folder = uad
+    """Install it, and examine the sample: with the map that the repository makes."""
+    command, _, folder = uad
     assert [about["key"] for about in json.loads(command("list", "--json"))] == available_bundles()
-    sample = site / "common" / "cohorts" / "sample" / "mni152_lesions_T1.nii.gz"
-    command("detect", sample, "-m", "dae", "-o", folder / "out")
+    command("sample")
+    sample = folder / "sample" / "mni152_lesions_T1.nii.gz"
+    command("detect", "sample/mni152_lesions_T1.nii.gz", "-m", "dae", "-o", "out")
     run(sys.executable, "-m", "common", "detect", sample, "-m", "dae", "-o", folder / "clone", folder=ROOT)
     maps = [nib.load(folder / out / "mni152_lesions_T1" / "anomaly_map.nii.gz") for out in ("out", "clone")]
     assert np.array_equal(*(np.asarray(image.dataobj) for image in maps))

@@ -145,7 +145,7 @@ def test_line_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys
 
         monkeypatch.setattr(Path, "open", full)
         table.add("b", "ok", 1)
-        table.add_error("M\udcfcller", ValueError("M\udcfcller: bad"), 1)
+        table.add_failure("M\udcfcller", "ValueError", "M\udcfcller: bad", 1)
         monkeypatch.undo()
         table.add("d", "ok", 1)
         assert table.is_done("b")

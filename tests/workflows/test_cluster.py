@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -19,13 +21,15 @@ from typer.testing import CliRunner
 
 from common.cli import app
 from common.errors import BundleError, ClusterError, SettingError, UADError, settings_said_as
+from common.metrics import DetectionMetrics
 from common.workflows import cluster
 from common.workflows.batch import CaseDone
-from common.workflows.cluster import Job, connected, detect_by_workers, detect_on
+from common.workflows.cluster import Job, connected, detect_by_workers, detect_on, evaluate_on
 
 dask = pytest.importorskip("dask", reason='pip install "uad-bundles[dask]"')
 distributed = pytest.importorskip("distributed")
 
+MEASURED = dict.fromkeys(("seconds_per_volume", "network_seconds_per_slice", "peak_memory_mb"))
 ITEMS = [{"subject": name, "image": f"{name}.nii.gz"} for name in "abcd"]
 
 
@@ -130,7 +134,8 @@ def test_lost_scheduler_is_one_line_and_what_is_done_stays(client, job, loaded, 
 
 def test_bundle_that_no_worker_can_load_ends_the_run(client, job, monkeypatch):
     def runner(job, worker):
-        raise BundleError("model.pt", "no such file", "give others", items="weights=PATH")
+        cause = ValueError(threading.Lock())  # does not pass between processes
+        raise BundleError("model.pt", "no such file", "give others", items="weights=PATH") from cause
 
     monkeypatch.setattr(Job, "runner", runner)
     with pytest.raises(BundleError, match=r"^model.pt: no such file; give others"):
@@ -198,11 +203,9 @@ def test_command_writes_what_one_process_writes(client, phantom, save_nifti, mon
     """To the bit; and starts again where it was."""
     scans = [thin_brain(phantom, save_nifti, tmp_path / f"{name}.nii.gz", 9 * n) for n, name in enumerate("ab")]
     scans.append(tmp_path / "none.nii.gz")
-    monkeypatch.setattr(cluster, "connected", contextmanager(lambda jobs, scheduler: (yield client)))
-    monkeypatch.setattr(cluster, "threads_each", lambda jobs: torch.get_num_threads())
     command = ["detect", *map(str, scans), "-m", "dae", "--device", "cpu"]
     one = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "one")])
-    many = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "many"), "--jobs", "2"])
+    many = in_threads(client, monkeypatch, *command, "-o", tmp_path / "many")
     assert one.exit_code == many.exit_code == 3
     assert sorted(statuses(tmp_path / "many")) == sorted(statuses(tmp_path / "one"))
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*"))
@@ -217,9 +220,86 @@ def test_command_writes_what_one_process_writes(client, phantom, save_nifti, mon
             records = [json.loads(path.read_text(encoding="utf-8")) | {"seconds": 0} for path in (first, second)]
             assert records[0] == records[1]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("many/*/run.json")}
-    again = CliRunner().invoke(app, [*command[:3], *command[4:], "-o", str(tmp_path / "many"), "--jobs", "2"])
+    again = in_threads(client, monkeypatch, *command[:3], *command[4:], "-o", tmp_path / "many")
     assert again.exit_code == 0, again.output
     assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def in_threads(client, monkeypatch, *arguments):
+    """The command by the workers of a client, with the threads that this process has."""
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "connected", contextmanager(lambda jobs, scheduler: (yield client)))
+        patch.setattr(cluster, "threads_each", lambda jobs: None)
+        return CliRunner().invoke(app, [*map(str, arguments), "--jobs", "2"])
+
+
+def contents(folder):
+    """Of all files of a folder, by their names; voxels of images, of a status all but the seconds."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name.endswith(".nii.gz"):
+            image = nib.load(path)
+            found[name] = np.asarray(image.dataobj).tobytes(), image.affine.tobytes()
+        else:
+            found[name] = sorted(statuses(folder)) if name == "status.tsv" else path.read_text(encoding="utf-8")
+    return found
+
+
+def test_prepare_writes_what_one_process_writes(client, cohort, monkeypatch, tmp_path):
+    """To the bit, a subject that is refused too; and what is there stays."""
+    source = tmp_path / "cohort.csv"
+    rows = cohort.read_text(encoding="utf-8").replace("b.nii.gz", "none.nii.gz", 1)
+    source.write_text(re.sub(r",(\w+\.nii\.gz)", rf",{cohort.parent}/\1", rows), encoding="utf-8")
+    command = ["prepare", source, "--spacing-mm", 4, "-o"]
+    one = CliRunner().invoke(app, [*map(str, command), str(tmp_path / "one")])
+    many = in_threads(client, monkeypatch, *command, tmp_path / "many")
+    assert one.exit_code == many.exit_code == 3
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+    assert [case for case, status, _ in statuses(tmp_path / "many") if status != "ok"] == ["b"]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("many/*/T1.nii.gz")}
+    assert in_threads(client, monkeypatch, *command, tmp_path / "many").exit_code == 3
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def test_evaluate_writes_what_one_process_writes(client, cohort, monkeypatch, tmp_path):
+    """To the bit, but for the run time; baselines that see healthy subjects too."""
+    few = functools.partialmethod(DetectionMetrics.compute, n_bootstrap=20)  # which takes most of the time
+    monkeypatch.setattr(DetectionMetrics, "compute", few)
+    command = ["evaluate", cohort, "-m", "dae", "--device", "cpu", "-o"]
+    one = CliRunner().invoke(app, [*map(str, command), str(tmp_path / "one.json")])
+    many = in_threads(client, monkeypatch, *command, tmp_path / "many.json")
+    assert one.exit_code == many.exit_code == 0, many.output
+    results = [json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in ("one", "many")]
+    times = [result.pop("run_time") for result in results]
+    assert results[0] == results[1]
+    assert "mean_healthy_image" in results[1]["baselines"]
+    assert {**times[0], **MEASURED} == {**times[1], **MEASURED} and times[1]["seconds_per_volume"] > 0
+    replicates = [(tmp_path / f"{name}.replicates.json").read_bytes() for name in ("one", "many")]
+    assert replicates[0] == replicates[1]
+
+
+def test_a_subject_that_cannot_be_measured_ends_an_evaluation(client, cohort, monkeypatch, tmp_path):
+    """With its own error; nothing is written."""
+    scan = tmp_path / "c.nii.gz"
+    scan.write_bytes((cohort.parent / "c.nii.gz").read_bytes()[:1000])
+    (tmp_path / "cohort.csv").write_text("subject,split,T1,lesion\nc,test,c.nii.gz,\n", encoding="utf-8")
+    command = ["evaluate", tmp_path / "cohort.csv", "-m", "dae", "-o", tmp_path / "result.json", "--device", "cpu"]
+    failed = in_threads(client, monkeypatch, *command)
+    assert (failed.exit_code, failed.stderr.splitlines()[-1].split(":")[0]) == (3, "ImageFileError"), failed
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_case_that_no_worker_survives_ends_an_evaluation(client, job, monkeypatch):
+    """In one line; nothing is written."""
+    task = SimpleNamespace(healthy_subjects=list, use_baselines=lambda healthy: None, add=print, finish=print)
+
+    def dying(job, item, healthy):
+        raise distributed.KilledWorker("a", SimpleNamespace(address="tcp://10.0.0.1:1"), 3)
+
+    monkeypatch.setattr(cluster, "measure_in_worker", dying)
+    with pytest.raises(ClusterError, match="each worker that took a certain case died"):
+        evaluate_on(client, job, task, ITEMS)
 
 
 def test_environment_of_this_process_stays(monkeypatch):

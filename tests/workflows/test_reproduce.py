@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from common.cli import app
@@ -267,6 +268,48 @@ WRITE = {
     **{"IXI": ixi, "ATLAS_2": atlas, "fastMRI": fastmri, "UKB": ukb, "MSLUB": mslub, "WMH": wmh, "HeadCT": headct},
     **dict.fromkeys(("CROMIS", "KCH", "CHRONIC"), ct),
 }
+
+
+def test_rows_of_sprites_are_kept_one_by_one_and_made_anew_with_other_weights(tmp_path, monkeypatch):
+    """A run that is stopped goes on; the score of the latent DDPM is measured once, for the variant of the paper's."""
+    headct(tmp_path / "data" / "HeadCT", None)
+    measured, stop = [], []
+
+    class Sprites:
+        @staticmethod
+        def measure(variant, cohorts, device, with_score=True):
+            if variant.items[-1] in stop:
+                raise KeyboardInterrupt
+            measured.append((*variant.items[1:], with_score))
+            return {"name": variant.name}
+
+        @staticmethod
+        def record(cohorts, rows, device):
+            return {"cohorts": len(cohorts), "rows": rows}
+
+        @staticmethod
+        def table(rows):
+            return "\n".join(row["name"] for row in rows)
+
+    places = {key: tmp_path / f"{key}.pt" for key in ("ae_headct", "vae_headct", "ar_transformer_headct")}
+    places["latent_ddpm_headct"] = tmp_path / "latent_ddpm_headct.pt"
+    for place in places.values():
+        torch.save({"calibration.threshold": torch.ones(())}, place)
+    monkeypatch.setattr(module, "script", lambda _: Sprites)
+    monkeypatch.setattr(module, "weights_of", places.__getitem__)
+    plan = Reproduction("pinaya-table1", tmp_path / "data", tmp_path / "out", Networks.SHIPPED)
+    stop.append("variant=b")
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(plan)
+    assert measured == [(True,), (True,), (True,), ("variant=a", False)]
+    stop.clear()
+    text = reproduce(plan).read_text(encoding="utf-8")
+    assert measured[4:] == [("variant=b", False), ("variant=c", True), ("variant=d", False)]
+    assert json.loads((tmp_path / "out" / "pinaya-table1.json").read_text(encoding="utf-8"))["cohorts"] == 3
+    assert reproduce(plan).read_text(encoding="utf-8") == text and len(measured) == 7
+    torch.save({"calibration.threshold": torch.zeros(())}, places["vae_headct"])
+    reproduce(plan)
+    assert measured[7:] == [(True,)]
 
 
 @pytest.mark.slow

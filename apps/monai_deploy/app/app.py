@@ -9,8 +9,8 @@ from typing import Any
 
 from monai.deploy.conditions import CountCondition
 from monai.deploy.core import Application
-from monai.deploy.operators import DICOMDataLoaderOperator, DICOMSeriesSelectorOperator
-from operators import AnomalyBundleOperator, ResultWriterOperator, SeriesToVolumeOperator
+from monai.deploy.operators import DICOMDataLoaderOperator
+from operators import AnomalyBundleOperator, ResultWriterOperator, SeriesSelectorOperator, SeriesToVolumeOperator
 from settings import Settings, check_command_line
 
 from common.errors import BundleError, SettingError
@@ -34,7 +34,7 @@ class AnomalyApp(Application):
             Path(path).resolve() for path in (self.app_context.input_path, self.app_context.output_path)
         )
         self.bundle = find_bundle(Path(self.app_context.model_path).resolve())
-        self.metadata = json.loads((self.bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
+        self.metadata = metadata_of(self.bundle)
         find_series(self.input_folder)  # refuses damaged files, on which the SDK's loader ends without saying so
         self.settings = Settings.read()
         if deidentify:
@@ -42,11 +42,12 @@ class AnomalyApp(Application):
 
     def compose(self) -> None:
         """Connect the operators."""
-        rules = rules_of(self.settings.rules_file(), self.metadata)
+        rules_file = self.settings.rules_file()
+        rules = rules_of(rules_file, self.metadata)
         once = CountCondition(self, 1)
         load = DICOMDataLoaderOperator(self, once, input_folder=self.input_folder, name="load")
-        select = DICOMSeriesSelectorOperator(self, rules=rules, all_matched=True, name="select")
-        read = SeriesToVolumeOperator(self, folder=self.input_folder, name="read")
+        select = SeriesSelectorOperator(self, rules=rules, rules_file=rules_file, all_matched=True, name="select")
+        read = SeriesToVolumeOperator(self, folder=self.input_folder, rules_file=rules_file, name="read")
         detect = AnomalyBundleOperator(
             self, app_context=self.app_context, bundle_path=self.bundle, strip=self.settings.strip, name="detect"
         )
@@ -74,6 +75,19 @@ def find_bundle(folder: Path) -> Path:
     if len(bundles) != 1:
         raise BundleError(folder, f"{len(bundles)} bundles in it", "give the folder of one bundle with -m")
     return bundles[0]
+
+
+def metadata_of(bundle: Path) -> dict[str, Any]:
+    """What a bundle says of itself. Raises BundleError for a damaged file, and for bundles of other projects."""
+    path = bundle / "configs" / "metadata.json"
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in ("name", "version", "title", "modalities") if key not in metadata]
+    except (OSError, ValueError, TypeError) as error:
+        raise BundleError(path, f"no metadata ({type(error).__name__}: {error})", "take the bundle anew") from error
+    if missing:
+        raise BundleError(path, f"says nothing of its {', '.join(missing)}", "give the folder of one of our bundles")
+    return metadata
 
 
 def rules_of(path: Path, metadata: dict[str, Any]) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 
 from deidentify import deidentified
 from monai.deploy.core import AppContext, Image, IOType, Operator, OperatorSpec
-from monai.deploy.operators import MonaiBundleInferenceOperator
+from monai.deploy.operators import DICOMSeriesSelectorOperator, MonaiBundleInferenceOperator
 from monai.deploy.operators.monai_bundle_inference_operator import IOMapping
 from summary import summarise
 
-from common.errors import DicomError, OutputError
+from common.errors import DicomError, OutputError, SettingError
 from common.files import replacing
 from common.images.check import typed_errors
 from common.images.dicom import choose_series, find_series, read_series
@@ -32,6 +32,27 @@ class Detected:
     brain_source: str
 
 
+class SeriesSelectorOperator(DICOMSeriesSelectorOperator):
+    """The SDK's selection of series; a rule of no use is told in one line, where the SDK ends with a traceback.
+
+    Args:
+        rules_file: what `rules` were read from.
+    Raises SettingError.
+    """
+
+    def __init__(self, *args: Any, rules_file: Path, **kwargs: Any) -> None:
+        self.rules_file = rules_file
+        super().__init__(*args, **kwargs)
+
+    def filter(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Select."""
+        try:
+            return super().filter(*args, **kwargs)
+        except Exception as error:  # of a pattern, of a condition's type, of what the SDK does not compare
+            fact = f"a rule cannot be used ({type(error).__name__}: {error})"
+            raise SettingError(self.rules_file, fact, "write it like series_rules.json of the application") from error
+
+
 class SeriesToVolumeOperator(Operator):
     """The one series that was selected: an Image (1, I, J, K) float32 with its affine (RAS, mm) in the metadata.
 
@@ -40,11 +61,13 @@ class SeriesToVolumeOperator(Operator):
 
     Args:
         folder: what the series were loaded from.
+        rules_file: what they were selected by.
     Raises DicomError where no series or several were selected, or it is not one whole volume.
     """
 
-    def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, folder: Path, rules_file: Path, **kwargs: Any) -> None:
         self.folder = folder
+        self.rules_file = rules_file
         super().__init__(*args, **kwargs)
 
     def setup(self, spec: OperatorSpec) -> None:
@@ -58,7 +81,7 @@ class SeriesToVolumeOperator(Operator):
         uids = {str(chosen.series.SeriesInstanceUID) for study in studies for chosen in study.selected_series}
         if len(uids) != 1:
             found = [series for series in find_series(self.folder) if series.uid in uids or not uids]
-            fact = f"{len(uids)} series match series_rules.json; there are: {', '.join(map(str, found))}"
+            fact = f"{len(uids)} series match {self.rules_file.name}; there are: {', '.join(map(str, found))}"
             raise DicomError(self.folder, fact, "give a folder with one such series, or adapt the rules")
         image = read_series(choose_series(self.folder, uids.pop()))
         op_output.emit(Image(image.as_tensor().numpy(), dict(image.meta)), "image")
