@@ -38,6 +38,7 @@ OF_A_SITE = {  # of the cards
 }
 COHORTS = {  # folder under docs/benchmarks: column
     "glioma": "glioma",
+    "glioma-flair": "glioma, FLAIR alone",
     "headct-sprites": "head CT, sprites",
 }
 METRICS = {  # of the cards

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +14,7 @@ from typer.testing import CliRunner
 
 import common
 from common.cli import app
-from common.devices import _unless_double, checked_device, moved
+from common.devices import _unless_double, checked_device, keep_freed_memory, moved
 from common.errors import SettingError
 
 CASES = {
@@ -73,3 +78,28 @@ def test_double_precision_stays_on_the_cpu_where_the_device_has_none():
     module._apply(lambda tensor: _unless_double(tensor, torch.device("meta")))  # in the place of MPS
     assert (module.layer.weight.device.type, module.threshold.device.type) == ("meta", "cpu")
     assert float(module.threshold) == 1.5
+
+
+def page_faults_of_layers():
+    """Of blocks as a network asks for, for the second time."""
+    resource = pytest.importorskip("resource")
+    before = 0
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [np.ones(2**21) for _ in range(6)]  # 16 MB each
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_memory_that_was_freed_is_used_again(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    keep_freed_memory()
+    assert page_faults_of_layers() < 1000  # of 24,576 pages
+
+
+def test_what_the_environment_says_of_memory_holds(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("the environment was overruled"))
+    keep_freed_memory()

@@ -205,7 +205,7 @@ def check_stripped(image: MetaTensor, mask: MetaTensor, max_ml: float = BRAIN_VO
 
 
 def _share(noise: np.ndarray, air: np.ndarray) -> float:
-    return float(noise[:, air].mean()) if air.any() else 0.0
+    return float((noise & air).sum() / (len(noise) * air.sum())) if air.any() else 0.0
 
 
 def check_volume(mask: MetaTensor, limits: tuple[float, float], name: str) -> None:

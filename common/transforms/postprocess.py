@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Compose, Invertd, MapTransform, SpatialResample
+from monai.transforms import Compose, Invertd, MapTransform
 from monai.utils import convert_to_tensor
 from scipy import ndimage
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ..errors import BundleError
 from ..images.check import voxel_volume_ml
 from ..recorded import Recorded
 from ..weights import load_weights
+from .resample import LinearResample
 from .tissue import destandardised
 
 
@@ -111,22 +112,25 @@ class SplitPredictiond(MapTransform):
         super().__init__(keys)
         self.image_key = image_key
         self.mask_key = mask_key
-        self.resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=None)
+        self.resample = LinearResample(dtype=None)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with the two new keys."""
         result = dict(data)
         image, mask, pred = result[self.image_key], result[self.mask_key], result[self.keys[0]]
-        values = pred.as_tensor() * mask.as_tensor().bool().to(pred.device)
+        inside = mask.as_tensor().bool().to(pred.device)
+        values = pred.as_tensor() * inside
         foreground = (image > 0).any(dim=0, keepdim=True).to(torch.float32)
         share = self.resample(foreground, **_input_grid(image, mask))
-        share = convert_to_tensor(share, track_meta=False).to(values).clamp(min=0.01)
-        unit = intensity_unit(result, self.image_key, self.mask_key).to(values)
-        zero = intensity_zero(result).to(values) * mask.as_tensor().bool().to(pred.device)
-        reconstruction = values[1:] / share
+        reconstruction = values[1:] / convert_to_tensor(share, track_meta=False).to(values).clamp_(min=0.01)
+        del share  # this is where a case needs most memory
         if "tissue_knots" in image.meta:
-            reconstruction = destandardised(reconstruction, np.reshape(image.meta["tissue_knots"], (2, -1)))
-        reconstruction = reconstruction * unit + zero
+            knots = np.reshape(image.meta["tissue_knots"], (2, -1))  # of which the first is 0, and stays 0
+            reconstruction[:, inside[0]] = destandardised(reconstruction[:, inside[0]], knots)
+        reconstruction *= intensity_unit(result, self.image_key, self.mask_key).to(values)
+        zero = intensity_zero(result).to(values)
+        if zero.any():
+            reconstruction += zero * inside
         result["anomaly_map"] = MetaTensor(values[:1].clamp(min=0), affine=mask.affine)
         result["reconstruction"] = MetaTensor(reconstruction, affine=mask.affine)
         result[self.keys[0]] = result["anomaly_map"]
@@ -142,7 +146,7 @@ def intensity_unit(data: Mapping[Any, Any], image_key: str = "image", mask_key: 
     unit = torch.tensor(np.asarray(image.meta["intensity_unit"], dtype=np.float32).ravel()).view(-1, 1, 1, 1)
     if "bias_field" not in data:
         return unit
-    resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=None)
+    resample = LinearResample("border", dtype=None)
     field = resample(data["bias_field"], **_input_grid(image, mask))
     return unit * convert_to_tensor(field, track_meta=False).cpu()
 
@@ -157,7 +161,7 @@ def to_input_grid(
 ) -> MetaTensor:
     """A volume (1, H, W, D) of the grid of the prepared image on the input's grid, (1, h, w, d), linearly."""
     image, mask = data[image_key], data[mask_key]
-    resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=None)
+    resample = LinearResample(dtype=None)
     moved = resample(MetaTensor(volume, affine=image.affine), **_input_grid(image, mask))
     return MetaTensor(convert_to_tensor(moved, track_meta=False), affine=mask.affine)
 

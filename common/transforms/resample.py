@@ -3,15 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
+from monai.config import DtypeLike, KeysCollection
 from monai.data import MetaTensor
+from monai.data.utils import AFFINE_TOL
 from monai.networks.layers import gaussian_1d
-from monai.transforms import InvertibleTransform, MapTransform, Spacing
+from monai.transforms import InvertibleTransform, MapTransform, Spacing, SpatialResample
 from monai.utils import convert_to_dst_type
+
+PARALLEL_VOXELS = 5e-5  # what the axes of two grids may deviate over a volume, to be taken as parallel: rounding
+
+
+class LinearResample(SpatialResample):
+    """MONAI's linear resampling, several times faster between grids whose axes are parallel, flipped or swapped or not.
+
+    Such grids differ in spacing, place and orientation alone, so that each axis can be interpolated by itself: a
+    product with a matrix of two weights a row. It differs from MONAI's by rounding, less than 1e-6 of the largest value
+    (3e-5 where MONAI is told to compute places in float32); other grids are left to MONAI.
+
+    Args:
+        padding_mode: "zeros" around the image, or "border", whose voxels go on.
+        dtype: of MONAI's computation.
+    """
+
+    def __init__(self, padding_mode: Literal["zeros", "border"] = "zeros", dtype: DtypeLike = np.float64) -> None:
+        super().__init__(mode="bilinear", padding_mode=padding_mode, dtype=dtype)
+
+    def __call__(  # type: ignore[override]
+        self, img: MetaTensor, dst_affine: Any, spatial_size: Sequence[int], **options: Any
+    ) -> MetaTensor:
+        """(C, H, W, D) -> (C, *spatial_size) float32 on the grid of `dst_affine`."""
+        source, size = np.asarray(img.affine, dtype=float), [int(side) for side in spatial_size]
+        to_source = np.linalg.solve(source, np.asarray(dst_affine, dtype=float))
+        axes = np.abs(to_source[:3, :3]).argmax(axis=0)  # of the image, in the order of the new grid
+        along = np.zeros((3, 3))
+        along[axes, range(3)] = to_source[axes, range(3)]
+        parallel = len({*axes.tolist()}) == 3 and (np.abs(to_source[:3, :3] - along) * size).sum() < PARALLEL_VOXELS
+        if not parallel or np.allclose(to_source, np.eye(4), atol=AFFINE_TOL):  # the same grid: nothing to do for MONAI
+            return cast(MetaTensor, super().__call__(img, dst_affine, spatial_size, **options))
+        meta = self.track_transform_meta(
+            img,
+            sp_size=size,
+            affine=torch.from_numpy(to_source),
+            extra_info={"src_affine": torch.from_numpy(source)},
+            orig_size=tuple(img.shape[1:]),
+            transform_info=self.get_transform_info(),
+        )
+        values = img.as_tensor().to(torch.float32).permute(0, *(axes + 1).tolist())
+        for axis, step, side in zip(axes, along.sum(axis=0), size, strict=True):
+            places = torch.from_numpy(to_source[axis, 3] + step * np.arange(side))
+            weights = linear_weights(places, values.shape[1], outside=self.padding_mode == "border").to(values)
+            values = torch.tensordot(values, weights, dims=([1], [1]))  # the next axis is the first one now
+        return cast(MetaTensor, MetaTensor(values).copy_meta_from(meta))
+
+    def inverse(self, data: MetaTensor) -> MetaTensor:  # type: ignore[override]
+        """Bring an image back to the grid before the transform."""
+        transform = self.pop_transform(data)
+        with self.trace_transform(False):
+            return self(data, transform["extra_info"]["src_affine"], transform["orig_size"])
+
+
+def linear_weights(places: torch.Tensor, size: int, outside: bool) -> torch.Tensor:
+    """Share of each of `size` voxels in the value at the places (N,), in voxels: (N, size).
+
+    outside: the outermost voxels go on for ever; else there are zeros.
+    """
+    places = places.clamp(0, size - 1) if outside else places
+    return (1 - (places[:, None] - torch.arange(size)).abs()).clamp(min=0)
 
 
 class ResampleForegroundd(MapTransform, InvertibleTransform):
@@ -31,7 +92,8 @@ class ResampleForegroundd(MapTransform, InvertibleTransform):
         super().__init__(keys)
         self.foreground_key = foreground_key
         self.spacing_mm = tuple(spacing_mm)
-        self.spacing = Spacing(pixdim=self.spacing_mm, mode="bilinear", padding_mode="zeros")
+        self.spacing = Spacing(pixdim=self.spacing_mm)
+        self.spacing.sp_resample = LinearResample()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the data with image and foreground on the new grid; the background is exactly 0."""

@@ -18,6 +18,7 @@ from monai.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..detection.reliability import OK, UNRELIABLE
+from ..devices import keep_freed_memory
 from ..errors import OutputError
 from ..files import discard_partial, replacing
 from ..images.check import root_cause
@@ -190,6 +191,7 @@ class CaseRunner:
     """
 
     def __init__(self, workflow: ConfigWorkflow) -> None:
+        keep_freed_memory()
         content = workflow.parser.get_parsed_content
         self.evaluator: DetectionEvaluator = content("evaluator")
         self.preprocessing = content("preprocessing")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import GaussianSmooth, Orientation
+from monai.transforms import GaussianSmooth, Orientation, SpatialResample
 
-from common.transforms.resample import ResampleForegroundd, smooth
+from common.transforms.resample import LinearResample, ResampleForegroundd, smooth
 
 
 def resample(volume, brain, affine, spacing_mm=2.0):
@@ -95,3 +95,46 @@ def test_smoothing_keeps_what_was_done_to_the_image():
     assert len(smoothed.applied_operations) == 1
     assert smoothed.applied_operations == image.applied_operations
     assert torch.equal(smoothed.affine, image.affine)
+
+
+OBLIQUE = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0] @ np.diag([1.5, 2.0, 1.0])
+
+
+def grid(matrix, origin):
+    return torch.from_numpy(np.block([[matrix, np.reshape(origin, (3, 1))], [0, 0, 0, 1]]).astype(np.float64))
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border"])
+@pytest.mark.parametrize(
+    "change",
+    [np.diag([0.5, 0.7, 2.0]), np.diag([-1, 1, -0.4]), np.eye(3)[[2, 0, 1]] * 0.6, np.eye(3), np.linalg.qr(OBLIQUE)[0]],
+    ids=["finer", "flipped", "swapped", "moved", "turned"],
+)
+def test_linear_resampling_is_that_of_monai(change, padding, monkeypatch):
+    """Between grids that overlap in part; the fast way is taken where axes are parallel, and only there."""
+    image = MetaTensor(torch.rand(2, 12, 9, 7), affine=grid(OBLIQUE, [3, -20, 8]))
+    centre = np.asarray(image.affine) @ [5.5, 4, 3, 1]
+    shape, matrix = (15, 11, 9), OBLIQUE @ change
+    target = grid(matrix, centre[:3] - matrix @ [6, 5.3, 4])
+    expected = SpatialResample("bilinear", padding)(image, target, shape)
+    places = []
+    with monkeypatch.context() as patch:
+        patch.setattr(SpatialResample, "__call__", lambda self, img, *_, **__: places.append(self) or expected)
+        result = LinearResample(padding)(image, target, shape)
+    assert bool(places) == (abs(change[0, 1]) not in (0, 0.6))
+    assert result.dtype == torch.float32 and result.is_contiguous()
+    torch.testing.assert_close(result.as_tensor(), expected.as_tensor(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(result.affine, expected.affine)
+
+
+@pytest.mark.parametrize("change", [np.diag([0.5, -0.7, 2.0]), np.linalg.qr(OBLIQUE)[0]], ids=["parallel", "turned"])
+def test_inverse_of_linear_resampling_has_the_grid_and_the_history_of_before(change):
+    image = MetaTensor(torch.rand(1, 12, 9, 7), affine=grid(OBLIQUE, [3, -20, 8]))
+    image = Orientation("LPS", labels=None)(image)
+    resample, before = LinearResample(), SpatialResample("bilinear", "zeros")
+    target = grid(OBLIQUE @ change, [0, -20, 8]), (15, 11, 9)
+    moved, expected = (transform(image, *target) for transform in (resample, before))
+    back, expected = resample.inverse(moved), before.inverse(expected)
+    torch.testing.assert_close(back.as_tensor(), expected.as_tensor(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(back.affine, image.affine)
+    assert [operation["class"] for operation in back.applied_operations] == ["Orientation"]
