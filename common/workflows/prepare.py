@@ -55,7 +55,7 @@ class Preparation:
         subject, started = str(item["subject"]), time.perf_counter()
         files = [self.output / name for name in prepared_files(item, self.modalities).values()]
         try:
-            if is_done(read_status(self.table_path), subject) and all(file.is_file() for file in files):
+            if all(file.is_file() for file in files) and is_done(read_status(self.table_path), subject):
                 return CaseDone(subject, 0, {}, was_there=True)
             for file, volume in zip(files, prepare_subject(self.preprocessing, item), strict=True):
                 discard_partial(file.parent, file.name)

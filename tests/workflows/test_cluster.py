@@ -34,11 +34,19 @@ ITEMS = [{"subject": name, "image": f"{name}.nii.gz"} for name in "abcd"]
 
 
 @pytest.fixture(scope="module")
-def client():
+def cluster_client():
     """Of two workers that are threads of this process."""
     options = {"n_workers": 2, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
     with distributed.LocalCluster(**options) as local, distributed.Client(local) as client:
         yield client
+
+
+@pytest.fixture
+def client(cluster_client):
+    """A task that was cancelled runs on, and changes the logging of this process until it is done: it is waited for."""
+    yield cluster_client
+    for worker in cluster_client.scheduler_info(n_workers=-1)["workers"]:  # its one thread takes this when it is free
+        cluster_client.submit(int, pure=False, workers=[worker]).result(60)
 
 
 @pytest.fixture
