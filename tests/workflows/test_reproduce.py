@@ -270,6 +270,9 @@ WRITE = {
 }
 
 
+BUNDLES_OF_SPRITES = ("ae_headct", "vae_headct", "f_anogan_headct", "ar_transformer_headct", "latent_ddpm_headct")
+
+
 def test_rows_of_sprites_are_kept_one_by_one_and_made_anew_with_other_weights(tmp_path, monkeypatch):
     """A run that is stopped goes on; the score of the latent DDPM is measured once, for the variant of the paper's."""
     headct(tmp_path / "data" / "HeadCT", None)
@@ -291,8 +294,7 @@ def test_rows_of_sprites_are_kept_one_by_one_and_made_anew_with_other_weights(tm
         def table(rows):
             return "\n".join(row["name"] for row in rows)
 
-    places = {key: tmp_path / f"{key}.pt" for key in ("ae_headct", "vae_headct", "ar_transformer_headct")}
-    places["latent_ddpm_headct"] = tmp_path / "latent_ddpm_headct.pt"
+    places = {key: tmp_path / f"{key}.pt" for key in BUNDLES_OF_SPRITES}
     for place in places.values():
         torch.save({"calibration.threshold": torch.ones(())}, place)
     monkeypatch.setattr(module, "script", lambda _: Sprites)
@@ -301,15 +303,15 @@ def test_rows_of_sprites_are_kept_one_by_one_and_made_anew_with_other_weights(tm
     stop.append("variant=b")
     with pytest.raises(KeyboardInterrupt):
         reproduce(plan)
-    assert measured == [(True,), (True,), (True,), ("variant=a", False)]
+    assert measured == [(True,), (True,), (True,), ("num_orderings=1", True), (True,), ("variant=a", False)]
     stop.clear()
     text = reproduce(plan).read_text(encoding="utf-8")
-    assert measured[4:] == [("variant=b", False), ("variant=c", True), ("variant=d", False)]
+    assert measured[6:] == [("variant=b", False), ("variant=c", True), ("variant=d", False)]
     assert json.loads((tmp_path / "out" / "pinaya-table1.json").read_text(encoding="utf-8"))["cohorts"] == 3
-    assert reproduce(plan).read_text(encoding="utf-8") == text and len(measured) == 7
+    assert reproduce(plan).read_text(encoding="utf-8") == text and len(measured) == 9
     torch.save({"calibration.threshold": torch.zeros(())}, places["vae_headct"])
     reproduce(plan)
-    assert measured[7:] == [(True,)]
+    assert measured[9:] == [(True,)]
 
 
 @pytest.mark.slow
