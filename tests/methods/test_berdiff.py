@@ -499,18 +499,10 @@ def test_only_the_unet_is_trained():
     assert all(p.grad is None for p in objective.detector.latent_space.parameters())
 
 
-def test_training_lowers_the_loss():
+def test_training_lowers_the_loss(check_training):
     detector, posterior = tiny(), (code(4, 6, 4, 4), torch.zeros(4, 6, 4, 4))
     objective = BerDiffObjective(detector, max_t=300)
-    optimizer = torch.optim.Adam(detector.unet.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = objective(posterior=posterior)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    check_training(objective, posterior=posterior, below=0.7, steps=60, lr=3e-3)
 
 
 # --- the objective of the autoencoder ---
@@ -580,15 +572,7 @@ def test_the_players_gradients_stop_at_each_other():
         assert trained == [module is player for module in players.values()]
 
 
-def test_autoencoder_is_thawed_and_learns():
+def test_autoencoder_is_thawed_and_learns(check_training):
     torch.manual_seed(0)
     objective, images = BinaryAutoencoderObjective(tiny().latent_space), slices(4)
-    optimizer = torch.optim.Adam(objective.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = objective(images)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    check_training(objective, images, below=0.7, steps=60, lr=3e-3)
