@@ -203,7 +203,7 @@ def test_two_processes_share_the_cases(thin_brains, tmp_path):
     command = ("detect", *few, "-m", "dae", "-o", out)
     killed, other = uad(*command), uad(*command)
     seen = {}
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while other.poll() is None and time.monotonic() < deadline:
         for name, written in records(out).items():
             assert seen.setdefault(name, written) == written, f"{name} was done twice"
