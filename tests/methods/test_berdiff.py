@@ -14,6 +14,7 @@ from common.detection.method import median
 from common.detection.volume import VolumeDetector
 from common.diffusion.bernoulli import BernoulliScheduler
 from common.errors import ImageShapeError, SettingError
+from common.methods import berdiff
 from common.methods.berdiff import (
     LOGIT_ERROR,
     BerDiff,
@@ -332,6 +333,20 @@ def test_bits_that_rounding_could_change_are_those_of_a_full_batch(error, monkey
     detector.detect(image[:1], seeds=seeds[:1])
     assert all(torch.equal(one, both[:1]) for one, both in zip(drawn, together, strict=True))
     assert sizes == ([1, 2] if error else [1])
+
+
+def test_full_batches_are_encoded_once(monkeypatch):
+    """However near the decisions of the batch that is not full; the bits are those of full batches."""
+    monkeypatch.setattr(berdiff, "LOGIT_ERROR", 1.0)
+    detector, image, sizes, drawn = tiny(), slices(3), [], []
+    posterior, seeds = detector.latent_space.posterior, torch.tensor([1, 2, 3])
+    monkeypatch.setattr(detector.latent_space, "posterior", lambda x: sizes.append(len(x)) or posterior(x))
+    monkeypatch.setattr(detector, "sample", lambda z, g: drawn.append(z) or BerDiff.sample(detector, z, g))
+    detector.detect(image, seeds=seeds)
+    assert sizes == [2, 1, 2]
+    for part in (slice(2), slice(2, 3)):
+        detector.detect(image[part], seeds=seeds[part])
+        assert torch.equal(drawn.pop(), drawn[0][part])
 
 
 def test_volumes_with_meta_data_as_inference_has_them():
