@@ -37,6 +37,8 @@ from common.workflows.variants import Variant
 
 CHANNELS, SIDE, BATCH = 128, 96, 4  # of the large convolution, 3 x 3
 PEAK_GFLOP = 2 * 9 * CHANNELS**2 * SIDE**2 * BATCH / 1e9
+ENOUGH_S = 3.0  # of torch's measurements: short ones are repeated more often
+FEW = 4  # slices of which operations and the shares of the time are told
 PRODUCTS = ("convolution", "mm", "attention", "linear", "einsum")  # operators whose operations are counted
 
 
@@ -45,7 +47,7 @@ def main(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of networks.json and networks.md.")],
     scan: Annotated[Path | None, typer.Option(help="For bundles of T1; of others, and without it, the sample.")] = None,
     slices: Annotated[int, typer.Option(min=1, help="Of the volume, spread evenly; one batch.")] = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="At least, of each measurement.")] = 3,
 ) -> None:
     """Measure each bundle."""
     keep_freed_memory()
@@ -71,16 +73,20 @@ def row_of(name: str, scan: Path | None, count: int, repeats: int) -> dict[str, 
     seen = image[used[torch.linspace(0, len(used) - 1, min(count, len(used))).round().long()]]
     detectors = states_of(network.detector)
     calls = {state: _calls(detector, seen) for state, detector in detectors.items()} | {"peak": large_convolution()}
-    first, maps = {}, {}
+    first, maps, refused = {}, {}, {}
     for state, call in calls.items():
-        first[state], maps[state] = _measured(call)
-    runs: dict[str, list[float]] = {state: [] for state in calls}
-    for _ in range(repeats):
-        for state, call in calls.items():
-            runs[state].append(_measured(call)[0])
+        try:
+            first[state], maps[state] = _measured(call)
+        except RuntimeError as error:  # MONAI's `view` of what is not contiguous
+            refused[state] = str(error).splitlines()[0]
+    runs: dict[str, list[float]] = {state: [] for state in first}
+    while len(runs["torch"]) < repeats or sum(runs["torch"]) < ENOUGH_S:
+        for state, times in runs.items():
+            times.append(_measured(calls[state])[0])
     seconds = {state: median(times) for state, times in runs.items()}
     peak = PEAK_GFLOP / seconds.pop("peak")
-    gflop, products, others = limits_of(calls["torch"])
+    few = seen[:FEW]
+    gflop, products, others = limits_of(_calls(network.detector, few), len(few))
     figures = {state: {"ms_per_slice": 1e3 * s / len(seen)} for state, s in seconds.items()}
     for state in set(figures) - {"torch"}:
         figures[state]["times_as_fast"] = seconds["torch"] / seconds[state]
@@ -93,12 +99,13 @@ def row_of(name: str, scan: Path | None, count: int, repeats: int) -> dict[str, 
         "image": Path(str(parser.get_parsed_content("image"))).name if scan is not None else "sample",
         "slices": len(seen),
         "size": list(seen.shape[2:]),
-        "gflop_per_slice": gflop / len(seen),
+        "gflop_per_slice": gflop,
         "peak_gflop_per_s": peak,
-        "share_of_peak": gflop / seconds["torch"] / peak,
+        "share_of_peak": gflop * len(seen) / seconds["torch"] / peak,
         "products_share_of_time": products,
         "other_operators": others,
         "states": figures,
+        "refused": refused,
         "seconds": runs,
     }
 
@@ -142,8 +149,8 @@ def differences(found: Tensor, expected: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def limits_of(call: Callable[[], Tensor]) -> tuple[float, float, dict[str, float]]:
-    """Operations in 10^9; the share of the time in operators that they are counted in; the three largest others."""
+def limits_of(call: Callable[[], Tensor], count: int) -> tuple[float, float, dict[str, float]]:
+    """Operations in 10^9, of each of `count` slices; the share of the time in operators that they are counted in; the three largest others."""
     with FlopCounterMode(display=False) as counter:
         call()
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
@@ -153,7 +160,7 @@ def limits_of(call: Callable[[], Tensor]) -> tuple[float, float, dict[str, float
     others = {name: spent for name, spent in times.items() if not any(product in name for product in PRODUCTS)}
     largest = sorted(others, key=lambda name: -others[name])[:3]
     share = 1 - sum(others.values()) / total
-    return counter.get_total_flops() / 1e9, share, {name: others[name] / total for name in largest}
+    return counter.get_total_flops() / 1e9 / count, share, {name: others[name] / total for name in largest}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
