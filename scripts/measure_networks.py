@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.bundle import metadata
 from common.detection.method import AnomalyDetector
 from common.detection.onnx_runtime import check_engine, describe_engine, use_engine
+from common.detection.volume import padded
 from common.devices import keep_freed_memory
 from common.errors import one_line
 from common.files import replacing
@@ -37,9 +38,9 @@ from common.workflows.variants import Variant
 
 CHANNELS, SIDE, BATCH = 128, 96, 4  # of the large convolution, 3 x 3
 PEAK_GFLOP = 2 * 9 * CHANNELS**2 * SIDE**2 * BATCH / 1e9
-ENOUGH_S = 3.0  # of torch's measurements: short ones are repeated more often
+ENOUGH_S = 1.0  # of torch's measurements: short ones are repeated more often
 FEW = 4  # slices of which operations and the shares of the time are told
-PRODUCTS = ("convolution", "mm", "attention", "linear", "einsum")  # operators whose operations are counted
+PRODUCTS = ("conv", "mm", "attention", "linear", "einsum")  # operators whose operations are counted
 
 
 def main(
@@ -66,48 +67,52 @@ def main(
 def row_of(name: str, scan: Path | None, count: int, repeats: int) -> dict[str, Any]:
     """Figures of a bundle. Raises UADError."""
     parser = Variant.parse(name).parser()
-    if scan is not None and metadata(name)["modalities"] == ["T1"]:
+    if is_given := scan is not None and metadata(name)["modalities"] == ["T1"]:
         parser["image"] = str(scan.resolve())
-    network, image = load_network(name), parser.get_parsed_content("dataset")[0]["image"].as_tensor().movedim(-1, 0)
+    image = parser.get_parsed_content("dataset")[0]["image"].as_tensor().movedim(-1, 0)
     used = (image > 0).flatten(1).any(1).nonzero().flatten()
-    seen = image[used[torch.linspace(0, len(used) - 1, min(count, len(used))).round().long()]]
-    detectors = states_of(network.detector)
-    calls = {state: _calls(detector, seen) for state, detector in detectors.items()} | {"peak": large_convolution()}
-    first, maps, refused = {}, {}, {}
-    for state, call in calls.items():
-        try:
-            first[state], maps[state] = _measured(call)
-        except RuntimeError as error:  # MONAI's `view` of what is not contiguous
-            refused[state] = str(error).splitlines()[0]
-    runs: dict[str, list[float]] = {state: [] for state in first}
-    while len(runs["torch"]) < repeats or sum(runs["torch"]) < ENOUGH_S:
-        for state, times in runs.items():
-            times.append(_measured(calls[state])[0])
-    seconds = {state: median(times) for state, times in runs.items()}
-    peak = PEAK_GFLOP / seconds.pop("peak")
-    few = seen[:FEW]
-    gflop, products, others = limits_of(_calls(network.detector, few), len(few))
-    figures = {state: {"ms_per_slice": 1e3 * s / len(seen)} for state, s in seconds.items()}
-    for state in set(figures) - {"torch"}:
-        figures[state]["times_as_fast"] = seconds["torch"] / seconds[state]
-        figures[state] |= differences(maps[state], maps["torch"])
-    if "onnxruntime" in figures:
-        figures["onnxruntime"]["export_s"] = first["onnxruntime"] - seconds["onnxruntime"]
+    detector = load_network(name).detector
+    chosen = image[used[torch.linspace(0, len(used) - 1, min(count, len(used))).round().long()]]
+    slices = padded(chosen, detector.size_divisor)
+    few = slices[:FEW]
+    gflop, products, others = limits_of(_calls(detector, few), len(few))
+    states, peak = measured({state: _calls(one, slices) for state, one in states_of(detector).items()}, repeats)
+    for figures in states.values():
+        figures["ms_per_slice"] = 1e3 * figures["seconds"] / len(slices)
     return {
         "method": name,
         "weights_sha256": weights_sha256(parser.get_parsed_content("weights")),
-        "image": Path(str(parser.get_parsed_content("image"))).name if scan is not None else "sample",
-        "slices": len(seen),
-        "size": list(seen.shape[2:]),
+        "image": scan.name if is_given else "sample",
+        "slices": len(slices),
+        "size": list(slices.shape[2:]),
         "gflop_per_slice": gflop,
         "peak_gflop_per_s": peak,
-        "share_of_peak": gflop * len(seen) / seconds["torch"] / peak,
+        "share_of_peak": gflop * len(slices) / states["torch"]["seconds"] / peak,
         "products_share_of_time": products,
         "other_operators": others,
-        "states": figures,
-        "refused": refused,
-        "seconds": runs,
+        "states": states,
     }
+
+
+def measured(calls: dict[str, Callable[[], Tensor]], repeats: int) -> tuple[dict[str, dict[str, Any]], float]:
+    """Figures of each state, and of the peak GFLOP a second; a state that torch refuses has `refused` alone."""
+    found: dict[str, dict[str, Any]] = {}
+    maps, everything = {}, calls | {"peak": large_convolution()}
+    for state, call in everything.items():
+        try:
+            first_s, maps[state] = _timed(call)
+            found[state] = {"first_s": first_s, "runs": []}
+        except RuntimeError as error:  # a `view` of what is not contiguous, in MONAI
+            found[state] = {"refused": str(error).splitlines()[0]}
+    while len(found["torch"]["runs"]) < repeats or sum(found["torch"]["runs"]) < ENOUGH_S:
+        for state in maps:
+            found[state]["runs"].append(_timed(everything[state])[0])
+    for state, anomaly_map in maps.items():
+        found[state]["seconds"] = median(found[state]["runs"])
+        if state not in ("torch", "peak"):
+            found[state]["times_as_fast"] = found["torch"]["seconds"] / found[state]["seconds"]
+            found[state] |= differences(anomaly_map, maps["torch"])
+    return found, PEAK_GFLOP / found.pop("peak")["seconds"]
 
 
 def states_of(detector: AnomalyDetector) -> dict[str, AnomalyDetector]:
@@ -133,7 +138,7 @@ def large_convolution() -> Callable[[], Tensor]:
 
 
 @torch.no_grad()
-def _measured(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
+def _timed(call: Callable[[], Tensor]) -> tuple[float, Tensor]:
     started = time.process_time()
     result = call()
     return time.process_time() - started, result
@@ -150,7 +155,8 @@ def differences(found: Tensor, expected: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def limits_of(call: Callable[[], Tensor], count: int) -> tuple[float, float, dict[str, float]]:
-    """Operations in 10^9, of each of `count` slices; the share of the time in operators that they are counted in; the three largest others."""
+    """Operations in 10^9, of each of `count` slices; the share of the time in operators that they are counted in; and
+    those of the three largest others."""
     with FlopCounterMode(display=False) as counter:
         call()
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
@@ -172,12 +178,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         states = row["states"]
         cells = [row["method"], f"{row['gflop_per_slice']:.2f}", f"{states['torch']['ms_per_slice']:.1f}"]
         cells += [f"{row['share_of_peak']:.2f}", f"{row['products_share_of_time']:.0%}"]
-        cells.append(", ".join(f"{name} {share:.0%}" for name, share in row["other_operators"].items()))
+        cells.append(", ".join(f"{name} {share:.0%}" for name, share in row["other_operators"].items() if share > 0.01))
         for state in ("channels_last", "onnxruntime"):
-            figures = states.get(state)
-            cells.append(f"x {figures['times_as_fast']:.2f}" if figures else "-")
-            cells.append(f"{figures['largest_difference']:.1e}" if figures else "-")
-        cells.append(f"{states['onnxruntime']['export_s']:.1f}" if "onnxruntime" in states else "-")
+            figures = states.get(state, {})
+            cells.append(f"x {figures['times_as_fast']:.2f}" if "times_as_fast" in figures else "-")
+            cells.append(f"{figures['largest_difference']:.1e}" if "times_as_fast" in figures else "-")
+        cells.append(f"{figures['first_s'] - figures['seconds']:.1f}" if "seconds" in figures else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

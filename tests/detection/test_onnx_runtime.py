@@ -239,11 +239,12 @@ def inputs_of(detector, image):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in ("dae", "pddpm") else pytest.mark.slow)
+        pytest.param(name, marks=[] if name in ("dae", "disyre") else pytest.mark.slow)
         for name in available_bundles()
         if name not in BY_TORCH_ALONE
     ],
 )
+@torch.no_grad()
 def test_the_networks_of_every_bundle(runtime, name):
     network = load_network(name)
     detector = network.detector
