@@ -83,6 +83,8 @@ class BerDiff(AnomalyDetector):
     Raises SettingError where a number is out of its range.
     """
 
+    networks = ("unet",)
+
     unrecorded = frozenset({"batch_size"})
 
     def __init__(

@@ -137,6 +137,7 @@ class SaveDetections:
             "warnings": self.warnings,
             "brain_mask": batch["brain_source"],
             "device": str(device),
+            "engine": self.evaluator.engine,
         }
 
     def result(self, output: Mapping[str, Any]) -> dict[str, Any]:
