@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from contextlib import closing
 from contextvars import ContextVar
@@ -87,3 +88,27 @@ def test_caller_that_ends_waits_for_the_thread_and_what_was_made_is_discarded(er
     assert discarded == [1]
     assert ended(maker)
     assert not maker.begun[2].is_set()
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system has no such signals")
+def test_ctrl_c_while_the_caller_waits():
+    came, discarded = threading.Event(), []
+
+    def stop(*_):
+        if not came.is_set():
+            came.set()
+            raise KeyboardInterrupt
+
+    def make():
+        yield 1
+        while not came.wait(0.05):  # Python may be told just before it waits, and then hears it afterwards only
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        yield 2
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt), closing(one_ahead(make(), discarded.append)) as given:
+            list(given)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert discarded == [2]
