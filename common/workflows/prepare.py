@@ -119,7 +119,7 @@ def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool
     """
     preparation, items = preparation_of(cohort, output, spacing_mm, register, strip)
     with Progress(len(items), "subject") as progress:
-        each = progress.each(claimed(output, items), lambda item: str(item["subject"]))
+        each = progress.each(claimed(output, items, dict), lambda item: str(item["subject"]))
         return preparation.write(map(preparation.run, each), items)
 
 

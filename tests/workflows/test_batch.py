@@ -176,9 +176,9 @@ def test_disk_that_stays_full_is_one_line(tmp_path, monkeypatch):
 
 def test_cases_that_another_process_is_at_come_last(tmp_path):
     items = [{"subject": name} for name in "abc"]
-    other = claimed(tmp_path, items)
+    other = claimed(tmp_path, items, dict)
     assert next(other) == {"subject": "a"}
-    mine = claimed(tmp_path, items)
+    mine = claimed(tmp_path, items, dict)
     assert next(mine) == {"subject": "b"}
     assert next(other) == {"subject": "c"}
     other.close()
