@@ -47,6 +47,21 @@ def notebook_text(notebook: Path) -> str:
     return "\n\n".join(parts)
 
 
+def stages_of(bundle: Path) -> str:
+    """The picture of scripts/make_stage_pictures.py, and how to draw one."""
+    config = json.loads((bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
+    scans = " ".join(f"sample/{name}" for name in re.findall(r"\w+\.nii\.gz", json.dumps(config["image"])))
+    said = (
+        "What the method does with one slice of the sample, whose lesions are simulated. Of several modalities the "
+        "rows below the first show the first. The map is that of the slice, before the smoothing and the normalisation "
+        "of the whole volume; it is drawn up to its own maximum, so that something is bright in a healthy slice too."
+    )
+    own = bundle.name
+    picture = f"![Input, stages, reconstruction and anomaly map]({own}.png)"
+    command = f"```sh\nuad sample\nuad figures {own} {scans} -o {own}.png\n```"
+    return "\n".join(["## Its stages", "", picture, "", said, "", command, "", ""])
+
+
 def code_of(bundle: Path) -> str:
     """Where the classes of a bundle's method are in the reference: the formulas, and the lines that compute them."""
     configs = [bundle / "configs" / name for name in ("inference.json", "train.json", "train_autoencoder.json")]
@@ -79,7 +94,7 @@ for app in APPS:
     write(f"apps/{app}.md", readme.read_text(encoding="utf-8"), readme)
 for card in sorted(ROOT.glob("bundles/*/docs/README.md")):
     bundle = card.parents[1]
-    write(f"methods/{bundle.name}.md", card.read_text(encoding="utf-8"), card, code_of(bundle))
+    write(f"methods/{bundle.name}.md", card.read_text(encoding="utf-8"), card, stages_of(bundle) + code_of(bundle))
 for notebook in sorted(ROOT.glob("docs/tutorials/*.ipynb")):
     itself = f"\n\n[This page as a notebook]({notebook.name})\n"
     write(f"tutorials/{notebook.stem}.md", notebook_text(notebook), notebook, itself)
