@@ -88,20 +88,31 @@ def page_of(target: str) -> str | None:
     return target.removeprefix("docs/") if target.startswith("docs/") else None
 
 
+def fill_navigation(section: str, names: list[str]) -> None:
+    """Let a section of the navigation, which mkdocs.yml gives as a folder, list the pages in it."""
+    (entry,) = (entry for entry in pages.config["nav"] if section in entry)
+    entry[section] = [{name: f"{section.lower()}/{name}.md"} for name in names]
+
+
 write("index.md", (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "README.md")
 for app in APPS:
     readme = ROOT / "apps" / app / "README.md"
     write(f"apps/{app}.md", readme.read_text(encoding="utf-8"), readme)
-for card in sorted(ROOT.glob("bundles/*/docs/README.md")):
+cards = sorted(ROOT.glob("bundles/*/docs/README.md"))
+for card in cards:
     bundle = card.parents[1]
     write(f"methods/{bundle.name}.md", card.read_text(encoding="utf-8"), card, stages_of(bundle) + code_of(bundle))
 for notebook in sorted(ROOT.glob("docs/tutorials/*.ipynb")):
     itself = f"\n\n[This page as a notebook]({notebook.name})\n"
     write(f"tutorials/{notebook.stem}.md", notebook_text(notebook), notebook, itself)
+rooms = {"api": ["common.api"]}
 for room in sorted(path.parent for path in (ROOT / "common").glob("*/__init__.py")):
     modules = [f"common.{room.name}.{path.stem}" for path in sorted(room.glob("*.py")) if path.stem != "__init__"]
     if modules:
-        with pages.open(f"reference/{room.name}.md", "w") as file:
-            file.write("\n\n".join([f"# common.{room.name}", *(f"::: {module}" for module in modules)]) + "\n")
-with pages.open("reference/api.md", "w") as file:
-    file.write("# common\n\n::: common.api\n")
+        rooms[room.name] = modules
+for room_name, modules in rooms.items():
+    title = "common" if room_name == "api" else f"common.{room_name}"
+    with pages.open(f"reference/{room_name}.md", "w") as file:
+        file.write("\n\n".join([f"# {title}", *(f"::: {module}" for module in modules)]) + "\n")
+fill_navigation("Methods", [card.parents[1].name for card in cards])
+fill_navigation("Reference", list(rooms))

@@ -15,19 +15,33 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder of the pages; as in `mkdocs build`, without the site."""
+    """The folder of the pages, and the navigation; as in `mkdocs build`, without the site."""
     config = pytest.importorskip("mkdocs.config").load_config(str(ROOT / "mkdocs.yml"))
     editor = pytest.importorskip("mkdocs_gen_files").FilesEditor
     files = pytest.importorskip("mkdocs.structure.files").Files([])
     folder = tmp_path_factory.mktemp("pages")
     with editor(files, config, str(folder)):
         runpy.run_path(str(ROOT / "scripts" / "make_docs_pages.py"))
-    return folder
+    return folder, config["nav"]
+
+
+def pages_of(entries):
+    """The pages of a navigation."""
+    for entry in entries:
+        for value in entry.values():
+            yield from pages_of(value) if isinstance(value, list) else [value]
+
+
+def test_navigation_leads_to_pages_and_to_all_that_are_made(made):
+    folder, navigation = made
+    listed = set(pages_of(navigation))
+    assert [page for page in listed if not any((place / page).is_file() for place in (folder, ROOT / "docs"))] == []
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.md")} <= listed
 
 
 @pytest.mark.parametrize("key", available_bundles())
 def test_page_of_a_method_has_its_picture_and_its_code(key, made):
-    page = (made / "methods" / f"{key}.md").read_text(encoding="utf-8")
+    page = (made[0] / "methods" / f"{key}.md").read_text(encoding="utf-8")
     (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
     assert (ROOT / "docs" / "methods" / picture).is_file()
     assert f"uad figures {key} sample/" in page
