@@ -48,18 +48,21 @@ def notebook_text(notebook: Path) -> str:
 
 
 def stages_of(bundle: Path) -> str:
-    """The picture of scripts/make_stage_pictures.py, and how to draw one."""
-    config = json.loads((bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
-    scans = " ".join(f"sample/{name}" for name in re.findall(r"\w+\.nii\.gz", json.dumps(config["image"])))
-    said = (
-        "What the method does with one slice of the sample, whose lesions are simulated. Of several modalities the "
-        "rows below the first show the first. The map is that of the slice, before the smoothing and the normalisation "
-        "of the whole volume; it is drawn up to its own maximum, so that something is bright in a healthy slice too."
-    )
+    """The picture of scripts/make_stage_pictures.py, and how to draw one; links as of the bundle's card."""
     own = bundle.name
-    picture = f"![Input, stages, reconstruction and anomaly map]({own}.png)"
-    command = f"```sh\nuad sample\nuad figures {own} {scans} -o {own}.png\n```"
-    return "\n".join(["## Its stages", "", picture, "", said, "", command, "", ""])
+    config = json.loads((bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
+    scans = re.findall(r"\w+\.nii\.gz", json.dumps(config["image"]))
+    said = (
+        "What the method does with one slice of the sample, whose lesions are simulated. The map is that of the slice, "
+        "before the smoothing and the normalisation of the whole volume; it is drawn up to its own maximum, so that "
+        "something is bright in a healthy slice too."
+    )
+    if len(scans) > 1:
+        said += " Of the modalities the rows below the first show the first."
+    picture = f"../../../docs/methods/{own}.png"
+    command = f"uad sample\nuad figures {own} {' '.join(f'sample/{name}' for name in scans)} -o {own}.png"
+    shown = f"[![Input, stages, reconstruction and anomaly map]({picture})]({picture})"  # a click makes it larger
+    return f"## Its stages\n\n{shown}\n\n{said}\n\n```sh\n{command}\n```\n\n"
 
 
 def code_of(bundle: Path) -> str:
@@ -101,7 +104,8 @@ for app in APPS:
 cards = sorted(ROOT.glob("bundles/*/docs/README.md"))
 for card in cards:
     bundle = card.parents[1]
-    write(f"methods/{bundle.name}.md", card.read_text(encoding="utf-8"), card, stages_of(bundle) + code_of(bundle))
+    overview, data, rest = card.read_text(encoding="utf-8").partition("## Data\n")
+    write(f"methods/{bundle.name}.md", overview + stages_of(bundle) + data + rest, card, code_of(bundle))
 for notebook in sorted(ROOT.glob("docs/tutorials/*.ipynb")):
     itself = f"\n\n[This page as a notebook]({notebook.name})\n"
     write(f"tutorials/{notebook.stem}.md", notebook_text(notebook), notebook, itself)

@@ -42,6 +42,9 @@ def test_navigation_leads_to_all_pages(made):
 def test_page_of_a_method_has_its_picture_and_its_code(key, made):
     page = (made[0] / "methods" / f"{key}.md").read_text(encoding="utf-8")
     (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page)
+    assert (ROOT / "docs" / "methods" / picture).resolve() == ROOT / "docs" / "methods" / f"{key}.png"
     assert (ROOT / "docs" / "methods" / picture).is_file()
+    headings = re.findall("^## (.+)$", page, re.MULTILINE)
+    assert headings[:3] == ["Overview", "Its stages", "Data"] and headings[-1] == "In the code"
     assert f"uad figures {key} sample/" in page
     assert "(../reference/methods.md#common.methods." in page
