@@ -78,7 +78,8 @@ def row_of(name: str, scan: Path | None, count: int, repeats: int) -> dict[str, 
     gflop, products, others = limits_of(_calls(detector, few), len(few))
     states, peak = measured({state: _calls(one, slices) for state, one in states_of(detector).items()}, repeats)
     for figures in states.values():
-        figures["ms_per_slice"] = 1e3 * figures["seconds"] / len(slices)
+        if "seconds" in figures:
+            figures["ms_per_slice"] = 1e3 * figures["seconds"] / len(slices)
     return {
         "method": name,
         "weights_sha256": weights_sha256(parser.get_parsed_content("weights")),
