@@ -18,6 +18,7 @@ from nibabel.spatialimages import SpatialImage
 
 from .bundle import check_inference_items, load_workflow
 from .cohorts.cases import case_name
+from .detection.onnx_runtime import Engine
 from .devices import checked_device
 from .errors import ImageFileError, ImageGeometryError
 from .images.check import typed_errors
@@ -60,6 +61,7 @@ class Detector:
         seed: same seed, same result.
         device: auto, cpu, cuda, cuda:0, ..., mps
         batch_size: slices at a time; changes memory and speed only.
+        engine: what computes the networks: "torch", or "onnxruntime" (on the CPU; of the extra `onnx`).
         settings: items of the bundle's inference.json, such as {"displayable_configs::threshold": 3.0}; text that
             begins with "$" is evaluated.
 
@@ -76,6 +78,7 @@ class Detector:
         seed: int = 0,
         device: str = "auto",
         batch_size: int = 16,
+        engine: Engine = "torch",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         check_inference_items(bundle, settings or {})
@@ -84,6 +87,7 @@ class Detector:
             "weights": None if weights is None else str(Path(weights).resolve()),
             "preprocessing::strip": strip,
             "preprocessing::register": register,
+            "evaluator::engine": None if engine == "torch" else engine,
         }
         override = dict(settings or {}) | {name: value for name, value in given.items() if value is not None}
         override |= {"network_def::seed": seed, "network_def::batch_size": batch_size}

@@ -34,6 +34,7 @@ from .options import (
     BatchSize,
     Cohort,
     Device,
+    Engine,
     Items,
     Jobs,
     Method,
@@ -142,6 +143,7 @@ def detect(
     items: Items = None,
     jobs: Jobs = None,
     scheduler: Scheduler = None,
+    engine: Engine = "torch",
 ) -> None:
     """Write an anomaly map, a segmentation and a pseudo-healthy reconstruction of each scan, on its own grid.
 
@@ -161,6 +163,7 @@ def detect(
             "network_def::batch_size": batch_size,
             "task::dicom": output_format is Format.DICOM_SEG,
             "task::force": force,
+            **({} if engine == "torch" else {"evaluator::engine": engine}),
         }
         if jobs is not None or scheduler is not None:
             from .workflows.cluster import detect_by_workers

@@ -6,7 +6,7 @@ Each message is one line: the file, what is wrong, what to do.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
@@ -83,6 +83,12 @@ def one_line(command: Callable[P, R]) -> Callable[P, R]:
             raise SystemExit(f"{type(error).__name__}: {error}") from None
 
     return wrapped
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 class ImageFileError(UADError):

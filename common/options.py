@@ -42,6 +42,10 @@ MethodArgument = Annotated[str, typer.Argument(help=KEY_HELP, callback=known_bun
 Cohort = Annotated[Path, typer.Argument(help="CSV with the columns subject, split, the modalities, brain, lesion.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", callback=_device)]
+Engine = Annotated[
+    Literal["torch", "onnxruntime"],  # those of `check_engine`
+    typer.Option("--engine", help="What computes the networks; onnxruntime: on the CPU, by the extra onnx."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Slices at a time; changes memory and speed only.")]
 Weights = Annotated[Path | None, typer.Option(help="Your own weights instead of the bundle's.")]
 StripHow = Annotated[

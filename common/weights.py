@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import Tensor, nn
 
-from .errors import BundleError
+from .errors import BundleError, first_few
 from .files import replacing
 from .images.itk_image import voxel_files
 
@@ -64,9 +65,19 @@ def _load(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> N
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        cause = str(error).splitlines()[-1]
-        fact = f"the weights do not fit the network ({cause})"
+        fact = f"the weights do not fit the network ({_misfits(str(error))})"
         raise BundleError(path, fact, "use those of this bundle and config") from None
+
+
+def _misfits(error: str) -> str:
+    """What PyTorch says of a state dict that does not fit, with a few names of each kind, since it lists them all."""
+    shapes = re.findall(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", error)
+    found = {"of another shape": [f"{name} {given} instead of {wanted}" for name, given, wanted in shapes]}
+    for kind, begins in (("missing", "Missing key"), ("not of this network", "Unexpected key")):
+        lines = (line for line in error.splitlines() if line.strip().startswith(begins))
+        found[kind] = [name for line in lines for name in re.findall('"(.+?)"', line)]
+    parts = [f"{kind}: {first_few(names)}" for kind, names in found.items() if names]
+    return "; ".join(parts) or error.splitlines()[-1].strip()
 
 
 def load_networks(module: nn.Module, path: str | Path, new: Sequence[str] = ()) -> None:

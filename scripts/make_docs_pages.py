@@ -47,6 +47,24 @@ def notebook_text(notebook: Path) -> str:
     return "\n\n".join(parts)
 
 
+def stages_of(bundle: Path) -> str:
+    """The picture of scripts/make_stage_pictures.py, and how to draw one; links as of the bundle's card."""
+    own = bundle.name
+    config = json.loads((bundle / "configs" / "inference.json").read_text(encoding="utf-8"))
+    scans = re.findall(r"\w+\.nii\.gz", json.dumps(config["image"]))
+    said = (
+        "What the method does with one slice of the sample, whose lesions are simulated. The map is that of the slice, "
+        "before the smoothing and the normalisation of the whole volume; it is drawn up to its own maximum, so that "
+        "something is bright in a healthy slice too."
+    )
+    if len(scans) > 1:
+        said += " Of the modalities the rows below the first show the first."
+    picture = f"../../../docs/methods/{own}.png"
+    command = f"uad sample\nuad figures {own} {' '.join(f'sample/{name}' for name in scans)} -o {own}.png"
+    shown = f"[![Input, stages, reconstruction and anomaly map]({picture})]({picture})"  # a click makes it larger
+    return f"## Its stages\n\n{shown}\n\n{said}\n\n```sh\n{command}\n```\n\n"
+
+
 def code_of(bundle: Path) -> str:
     """Where the classes of a bundle's method are in the reference: the formulas, and the lines that compute them."""
     configs = [bundle / "configs" / name for name in ("inference.json", "train.json", "train_autoencoder.json", "train_gan.json")]
@@ -73,20 +91,32 @@ def page_of(target: str) -> str | None:
     return target.removeprefix("docs/") if target.startswith("docs/") else None
 
 
+def fill_navigation(section: str, names: list[str]) -> None:
+    """Let a section of the navigation, which mkdocs.yml gives as a folder, list the pages in it."""
+    (entry,) = (entry for entry in pages.config["nav"] if section in entry)
+    entry[section] = [{name: f"{section.lower()}/{name}.md"} for name in names]
+
+
 write("index.md", (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "README.md")
 for app in APPS:
     readme = ROOT / "apps" / app / "README.md"
     write(f"apps/{app}.md", readme.read_text(encoding="utf-8"), readme)
-for card in sorted(ROOT.glob("bundles/*/docs/README.md")):
+cards = sorted(ROOT.glob("bundles/*/docs/README.md"))
+for card in cards:
     bundle = card.parents[1]
-    write(f"methods/{bundle.name}.md", card.read_text(encoding="utf-8"), card, code_of(bundle))
+    overview, data, rest = card.read_text(encoding="utf-8").partition("## Data\n")
+    write(f"methods/{bundle.name}.md", overview + stages_of(bundle) + data + rest, card, code_of(bundle))
 for notebook in sorted(ROOT.glob("docs/tutorials/*.ipynb")):
     itself = f"\n\n[This page as a notebook]({notebook.name})\n"
     write(f"tutorials/{notebook.stem}.md", notebook_text(notebook), notebook, itself)
+rooms = {"api": ["common.api"]}
 for room in sorted(path.parent for path in (ROOT / "common").glob("*/__init__.py")):
     modules = [f"common.{room.name}.{path.stem}" for path in sorted(room.glob("*.py")) if path.stem != "__init__"]
     if modules:
-        with pages.open(f"reference/{room.name}.md", "w") as file:
-            file.write("\n\n".join([f"# common.{room.name}", *(f"::: {module}" for module in modules)]) + "\n")
-with pages.open("reference/api.md", "w") as file:
-    file.write("# common\n\n::: common.api\n")
+        rooms[room.name] = modules
+for room_name, modules in rooms.items():
+    title = "common" if room_name == "api" else f"common.{room_name}"
+    with pages.open(f"reference/{room_name}.md", "w") as file:
+        file.write("\n\n".join([f"# {title}", *(f"::: {module}" for module in modules)]) + "\n")
+fill_navigation("Methods", [card.parents[1].name for card in cards])
+fill_navigation("Reference", list(rooms))

@@ -16,7 +16,7 @@ from monai.bundle import ConfigParser
 import common
 from common import cli
 from common.bundle import BUNDLES_DIR
-from common.errors import ITEMS, BundleError, SkullStripError, one_line, settings_said_as
+from common.errors import ITEMS, BundleError, SkullStripError, first_few, one_line, settings_said_as
 
 PACKAGE = Path(common.__file__).parent
 OPTION = re.compile(r"\s--[a-z]")
@@ -33,6 +33,13 @@ def test_each_road_says_what_it_has():
     with settings_said_as({}):
         assert head().remedy == "skull-strip it first"
     assert str(pickle.loads(pickle.dumps(head()))) == str(head())  # noqa: S301 - ours
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(1, "a"), (3, "a, b, c"), (4, "a, b, c and 1 more"), (9, "a, b, c and 6 more")]
+)
+def test_of_many_names_the_first_few_are_said(count, said):
+    assert first_few(list("abcdefghi")[:count]) == said
 
 
 ROOT = typer.main.get_command(cli.app)

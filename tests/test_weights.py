@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from common.errors import BundleError
-from common.weights import load_networks, load_weights, save_weights, sha256, weights_sha256
+from common.weights import load_into, load_networks, load_weights, save_weights, sha256, weights_sha256
 
 
 def state_dict():
@@ -145,6 +145,23 @@ def test_networks_of_another_method_leave_new_parts_as_they_are(tmp_path):
     for name, value in new.state_dict().items():
         expected = old.state_dict()[name].half().float() if ".unet." in name else before[name]
         assert torch.equal(value, expected), name
+
+
+def test_weights_of_another_network_are_refused_in_a_line_that_can_be_read(tmp_path):
+    """However many tensors there are, a few of each kind are named."""
+    own, other = ({f"{name}{index}": nn.Linear(2, 2) for index in range(99)} for name in "ab")
+    both = {"shared": nn.Linear(2, 2)}
+    save_weights(nn.ModuleDict(own | {"shared": nn.Linear(2, 3)}).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(BundleError) as error:
+        load_into(nn.ModuleDict(other | both), tmp_path / "model.pt")
+    line = str(error.value)
+    assert "\n" not in line and len(line) < 500 + len(str(tmp_path))
+    for part in (
+        "of another shape: shared.weight [3, 2] instead of [2, 2], shared.bias [3] instead of [2]",
+        "missing: b0.weight, b0.bias, b1.weight and 195 more",
+        "not of this network: a0.weight, a0.bias, a1.weight and 195 more",
+    ):
+        assert part in line
 
 
 def test_digest_is_of_the_weights_that_are_read(weights, tmp_path):

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import monailabel
-from fastapi import HTTPException
+from fastapi import HTTPException, Request
+from fastapi.responses import JSONResponse
+from monailabel.app import app as server
 from monailabel.datastore.dicom import DICOMWebDatastore
-from monailabel.endpoints import batch_infer, infer, scoring, train
+from monailabel.endpoints import batch_infer, infer, scoring, train, wsi_infer
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.exception import MONAILabelException
 from monailabel.interfaces.tasks.strategy import Strategy
@@ -98,6 +100,9 @@ class App(MONAILabelApp):
         batch_infer.run = before(batch_infer.run, self.check_batch)
         train.run = train.run_model = refuse_training
         scoring.run_method = refuse_scoring
+        wsi_infer.run_wsi_inference = refuse_slides
+        server.add_exception_handler(MONAILabelException, answer_not_found)
+        server.middleware_stack = server.build_middleware_stack()  # the server has built it before it loads this app
 
     def check_infer(
         self, model: str, image: str, session_id: str, params: str, file: Any, output: Any, **_: Any
@@ -146,20 +151,6 @@ class App(MONAILabelApp):
         """Which image comes next."""
         return {"first": First()}
 
-    def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
-        """Raises HTTPException, whose text viewers show, for a model or an image that is not there."""
-        try:
-            return super().infer(request, datastore)
-        except MONAILabelException as error:
-            raise HTTPException(404, error.msg) from error
-
-    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Raises HTTPException for a strategy that is not there."""
-        try:
-            return super().next_sample(request)
-        except MONAILabelException as error:
-            raise HTTPException(404, error.msg) from error
-
 
 def before(answer: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
     """The function that answers requests, after a check of its arguments."""
@@ -188,3 +179,13 @@ def refuse_training(model: str = "", *_: Any, **__: Any) -> NoReturn:
 def refuse_scoring(method: str, *_: Any, **__: Any) -> NoReturn:
     """Raises HTTPException."""
     raise HTTPException(404, f"no scoring method {method!r} on this server; scores come with the answer to /infer")
+
+
+def refuse_slides(*_: Any, **__: Any) -> NoReturn:
+    """Raises HTTPException."""
+    raise HTTPException(404, "no slides of pathology on this server; POST /infer/ and the name of a bundle takes scans")
+
+
+def answer_not_found(_: Request, error: MONAILabelException) -> JSONResponse:
+    """Where an image, label, model or strategy is not there, which MONAI Label itself answers with a bare 500."""
+    return JSONResponse({"detail": " ".join(error.msg.split())}, status_code=404)

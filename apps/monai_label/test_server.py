@@ -224,6 +224,7 @@ def test_bad_request_is_refused():
         ("scoring/dice", None, 404, "no scoring method 'dice'"),
         ("activelearning/random", None, 404, "no such strategy 'random'"),
         ("batch/infer/berdiff", None, 404, "no model 'berdiff'; there are dae, mad_ad"),
+        (f"infer/wsi_v2/dae?image={NAME}", None, 404, "no slides"),
     ],
 )
 def test_request_without_an_answer_is_told_why(path, params, status, text):
@@ -232,6 +233,19 @@ def test_request_without_an_answer_is_told_why(path, params, status, text):
     answer = requests.post(f"{SERVER}/{path}", data=form, json={} if form is None else None, timeout=60)
     assert (answer.status_code, text in answer.text) == (status, True), answer.text
     assert "Traceback" not in answer.text and "\\n" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("DELETE", "datastore/image?id=sub-99"),
+        ("PUT", "datastore/image/info?image=sub-99"),
+        ("PUT", "datastore/label/info?label=sub-99&tag=final"),
+    ],
+)
+def test_what_the_server_has_not_is_said_on_every_route(method, path):
+    answer = requests.request(method, f"{SERVER}/{path}", data={"info": "{}"}, timeout=60)
+    assert (answer.status_code, "sub-99" in answer.json()["detail"]) == (404, True), answer.text
 
 
 def test_batch_of_a_misspelt_setting_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +36,13 @@ class AnomalyDetector(Recorded, nn.Module):
 
     A subclass implements `_detect`, and `score` where its paper has an image-level score that takes passes through the
     network of its own. `size_divisor` is the multiple that H and W must have.
+
+    `networks` names the submodules that take most of the time and that are called with tensors (B, ...) alone: what
+    another engine may compute, see `use_engine`.
     """
 
     size_divisor: int = 1
+    networks: ClassVar[tuple[str, ...]] = ()
 
     @torch.no_grad()
     def detect(self, image: Tensor, foreground: Tensor | None = None, seeds: Tensor | None = None) -> Detection:

@@ -156,8 +156,8 @@ class VolumeDetector(Recorded, nn.Module):
 
 
 def _mean(scores: Sequence[Tensor]) -> Tensor:
-    """Of (B,) each, without the meta data of a `MetaTensor`."""
-    return torch.stack([convert_to_tensor(score, track_meta=False) for score in scores]).mean(dim=0)
+    """Of (B,) each, float32 where autocast made less of them, without the meta data of a `MetaTensor`."""
+    return torch.stack([convert_to_tensor(score, track_meta=False).float() for score in scores]).mean(dim=0)
 
 
 def volume_mean(slice_scores: Tensor | None) -> float | None:

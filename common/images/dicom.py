@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import mimetypes
 import re
+import threading
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +43,7 @@ KNOWN_TYPES = mimetypes.MimeTypes()  # Python's own table, whatever the system s
 IMAGE_GROUPS = (0x0028, 0x5200, 0x7FE0)  # pixels and how they are stored; nothing of the patient
 OVERLAY_GROUPS = range(0x6000, 0x6100)
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+_one_thread = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,7 @@ def find_series(folder: str | Path) -> list[Series]:
 
 def _read_headers(path: Path) -> list[Any]:
     """A header for each image in a file; none of a directory of a medium. Raises what pydicom raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of malformed values, which are left out, or checked where they matter
+    with without_warnings():  # of malformed values, which are left out, or checked where they matter
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*TAGS, *FUNCTIONAL_GROUPS])
         if header.file_meta.get("MediaStorageSOPClassUID") == DICOMDIR:
             return []
@@ -216,8 +219,7 @@ def read_series(series: Series) -> MetaTensor:
     `meta["series_uid"]` tells where it came from. Raises DicomError where the pixels cannot be decoded, or the frames
     of an enhanced image are not one volume.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of pydicom quote what the tags say of the patient
+    with without_warnings():
         image = _read_multiframe(series) if series.is_multiframe else _read_slices(series)
     image.meta["series_uid"] = series.uid
     return image
@@ -274,3 +276,14 @@ def _read_multiframe(series: Series) -> MetaTensor:
         raise DicomError(series.folder, fact, CONVERT) from error
     axes = [2, 1, 0, 3]  # highdicom has slice, row, column
     return to_tensor(volume.array.T, volume.affine[:, axes], series.folder)
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """For a block in which pydicom reads or writes: its warnings quote what the tags say of the patient.
+
+    One thread at a time: Python keeps one list of what is to be warned of, which each thread would put back for itself.
+    """
+    with _one_thread, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

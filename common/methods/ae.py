@@ -6,7 +6,7 @@ The bottleneck is a small map, so that the network learns what healthy slices ha
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from monai.networks.layers import MedianFilter
@@ -25,6 +25,8 @@ class AE(AnomalyDetector):
         residual: "absolute"; or "bright", max(x - x', 0), as published, which sees hyperintense lesions alone.
         median_size: side of the window, odd; 5 as published (there in three dimensions), 1 for none.
     """
+
+    networks: ClassVar[tuple[str, ...]] = ("network",)
 
     network: Any  # has `encode` and `decode`
 

@@ -18,7 +18,7 @@ from monai.utils.ordering import Ordering
 from torch import Tensor, nn
 
 from ..detection.method import AnomalyDetector
-from ..errors import ImageShapeError
+from ..errors import ImageShapeError, SettingError
 from ..networks.cached_transformer import TokenReader, lean_transformer
 from ..networks.latent_space import LatentSpace
 from .latent_ddpm import masked_residual
@@ -45,6 +45,8 @@ def sequence_order(size: tuple[int, int], index: int) -> Tensor:
 class ARTransformer(AnomalyDetector):
     """The detector; one transformer for each ordering, their maps averaged, and so the score: -sum log p of the codes.
 
+    Each transformer is trained by itself, so weights of more orderings load as well: those of the first are taken.
+
     Args:
         latent_space: of a `VQAutoencoder`.
         latent_size: h and w, the longest sequence being h w.
@@ -54,6 +56,8 @@ class ARTransformer(AnomalyDetector):
             are least likely, which flags healthy images alike.
         mode: what replaces an unlikely code: "sample", as the paper says, or the "argmax" of MONAI's tutorial.
         sigma_px: smoothing of the upsampled mask, as in `LatentDDPM`.
+
+    Raises SettingError where `num_orderings` is not 1 to 8.
     """
 
     latent_space: Any  # its autoencoder is a `VQAutoencoder`
@@ -71,6 +75,9 @@ class ARTransformer(AnomalyDetector):
         sigma_px: float = 2.0,
     ) -> None:
         super().__init__()
+        if not 1 <= num_orderings <= len(ORDERINGS):
+            fact = f"num_orderings = {num_orderings}"
+            raise SettingError("ARTransformer", fact, f"choose 1 to {len(ORDERINGS)}")
         self.latent_space = latent_space
         self.begin = latent_space.autoencoder.num_embeddings  # the token before the first
         self.num_positions = latent_size[0] * latent_size[1]
@@ -81,6 +88,7 @@ class ARTransformer(AnomalyDetector):
         self.mode = mode
         self.sigma_px = sigma_px
         self.size_divisor = latent_space.downsampling
+        self.register_load_state_dict_pre_hook(_leave_out_other_orderings)
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, ...]:
         codes = self.codes(self.latent_space.posterior(image)[0])
@@ -146,6 +154,12 @@ class ARTransformer(AnomalyDetector):
             for i in unlikely[:, position].nonzero().flatten().tolist():
                 tokens[i, done] = draw(logits[i], generators[i]) if chosen is None else chosen[i]
         return tokens[:, 1:]
+
+
+def _leave_out_other_orderings(module: ARTransformer, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    own = tuple(f"{prefix}transformers.{index}." for index in range(len(module.transformers)))
+    for name in [name for name in state_dict if name.startswith(f"{prefix}transformers.") and not name.startswith(own)]:
+        del state_dict[name]
 
 
 def unflatten(sequence: Tensor, order: Tensor, shape: torch.Size) -> Tensor:

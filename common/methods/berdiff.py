@@ -83,6 +83,8 @@ class BerDiff(AnomalyDetector):
     Raises SettingError where a number is out of its range.
     """
 
+    networks = ("unet",)
+
     unrecorded = frozenset({"batch_size"})
 
     def __init__(
@@ -123,13 +125,15 @@ class BerDiff(AnomalyDetector):
         image = convert_to_tensor(image, track_meta=False)  # the meta data of a batch does not survive its splitting
         parts = [self.latent_space.posterior(part) for part in image.split(self.batch_size)]
         p, std = (torch.cat(part) for part in zip(*parts, strict=True))  # P(z = 1)
+        full = len(p) - len(p) % self.batch_size  # slices in full batches
         error = LOGIT_ERROR * std + torch.finfo(p.dtype).eps
-        error[: len(p) - len(p) % self.batch_size] = 0  # of full batches
+        error[:full] = 0
         passes = []
         for _ in range(self.num_passes):
             u = uniform_like(p, generators)
             if ((p - u).abs() < error).any():  # see `decided`
-                p = in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image)
+                rest = in_equal_batches(lambda x: self.latent_space.posterior(x)[0], self.batch_size, image[full:])
+                p = torch.cat([p[:full], rest])
                 error.zero_()
             passes.append(self.one_pass((p > u).to(image.dtype), generators))
         x_hat, score = (torch.stack(part) for part in zip(*passes, strict=True))

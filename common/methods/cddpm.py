@@ -36,6 +36,8 @@ class CDDPM(AnomalyDetector):
     Raises SettingError for indices that the schedule does not have.
     """
 
+    networks = ("unet", "encoder")
+
     alpha_bar: Tensor
 
     def __init__(

@@ -31,6 +31,8 @@ class CycleUNet(AnomalyDetector):
         back: G_BA.
     """
 
+    networks = ("there", "back")
+
     def __init__(self, there: WeightStandardisedUNet, back: WeightStandardisedUNet) -> None:
         super().__init__()
         self.there = there
@@ -85,6 +87,8 @@ class MMCCD(AnomalyDetector):
 
     Raises SettingError for numbers that do not fit.
     """
+
+    networks = ("there", "back")
 
     def __init__(
         self,

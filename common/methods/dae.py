@@ -27,6 +27,8 @@ class DAE(AnomalyDetector):
         network: image to image, with `size_divisor`.
     """
 
+    networks = ("network",)
+
     def __init__(self, network: WeightStandardisedUNet) -> None:
         super().__init__()
         self.network = network

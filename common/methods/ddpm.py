@@ -52,6 +52,8 @@ class DDPM(AnomalyDetector):
     network) or "L-1" (AnoDDPM: L calls).
     """
 
+    networks = ("unet",)
+
     first_index: ClassVar[Literal["L", "L-1"]] = "L"
 
     def __init__(

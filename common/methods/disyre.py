@@ -45,6 +45,8 @@ class DISYRE(AnomalyDetector):
     Raises SettingError for a number of steps that the table does not have.
     """
 
+    networks = ("unet",)
+
     severity: Tensor
 
     def __init__(

@@ -45,6 +45,8 @@ class FAnoGAN(AnomalyDetector):
             the standard normal distribution, which a tanh cannot reach.
     """
 
+    networks = ("encoder", "gan.generator")
+
     def __init__(
         self, gan: WGAN, encoder: ResidualEncoder, size: int = 64, kappa: float = 1.0, code_scale: float = 1.0
     ) -> None:

@@ -60,6 +60,8 @@ class IterMask2(AnomalyDetector):
     Raises SettingError where a number is out of its range.
     """
 
+    networks = ("first", "network")
+
     threshold: Tensor
 
     def __init__(

@@ -65,6 +65,8 @@ class LatentDDPM(AnomalyDetector):
         max_batch: latents in one pass through the network; what does not fit is done in parts.
     """
 
+    networks = ("unet",)
+
     threshold: Tensor
     unrecorded = frozenset({"max_batch"})
 

@@ -39,6 +39,8 @@ class MADAD(AnomalyDetector):
         sigma_px: Gaussian smoothing of the map; 5 in the code at 1 mm, so 2.5 at 2 mm; 0 for none.
     """
 
+    networks = ("unet",)
+
     def __init__(
         self,
         latent_space: LatentSpace,

@@ -37,6 +37,8 @@ class PDDPM(AnomalyDetector):
         median_size: side of the median window, odd; the code's is 5 in three dimensions, this one stays in the slice.
     """
 
+    networks = ("unet",)
+
     alpha_bar: Tensor
 
     def __init__(

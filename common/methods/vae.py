@@ -26,6 +26,8 @@ class VAE(AE):
         residual, median_size: see `AE`.
     """
 
+    networks = ("network.encode", "network.decode")
+
     def __init__(
         self, network: VarAutoEncoder, residual: Literal["absolute", "bright"] = "absolute", median_size: int = 5
     ) -> None:

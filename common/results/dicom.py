@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from monai.utils import optional_import
 
 from ..errors import DicomError
 from ..files import replacing
-from ..images.dicom import Series
+from ..images.dicom import Series, without_warnings
 
 if TYPE_CHECKING:
     from .case import Case  # which writes its objects with this module
@@ -66,8 +65,7 @@ def save_dicom(
     number = OWN_NUMBER if series.number is None else series.number
     number = 100 * (number if 0 <= number <= MAX_SOURCE_NUMBER else OWN_NUMBER)
     versions = [version, *filter(None, [weights_sha256])]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of pydicom quote what the tags say of the patient
+    with without_warnings():
         try:
             mask = _planes(case.segmentation, np.uint8, case, series, sources)
             stored, step = levels(case.anomaly_map, threshold)

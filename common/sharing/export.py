@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import json
 import logging
@@ -23,6 +22,7 @@ from torch import Generator, Tensor, nn
 
 from .. import bundle
 from ..detection.method import AnomalyDetector, foreground_of
+from ..detection.onnx_runtime import ONNX_TOLERANCE, onnx_packages, onnx_session
 from ..detection.volume import VolumeDetector
 from ..errors import BundleError
 from ..outputs import Inputs
@@ -32,7 +32,6 @@ from .vendor import STANDALONE, is_config, standalone_config, vendored_files
 
 # between the maps (and reconstructions, in [0, 1]) of the network and of what is exported of it
 TOLERANCE = 1e-5
-ONNX_TOLERANCE = 1e-4  # another runtime adds in another order
 BATCH = torch.export.Dim("batch")
 
 
@@ -90,10 +89,7 @@ def export_onnx(name: str, folder: Path) -> Path:
     """
     Inputs([bundle.folder_of(name)]).check([folder / f"{name}.onnx"])
     network = load_network(name)
-    try:
-        runtime, _ = importlib.import_module("onnxruntime"), importlib.import_module("onnxscript")
-    except ImportError as error:
-        raise BundleError(name, f"ONNX needs more packages ({error})", "pip install 'uad-bundles[onnx]'") from error
+    onnx_packages(name, "onnxruntime", "onnxscript")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that there is no torchvision
     with _untraceable(name):
         program: Any = torch.onnx.export(
@@ -108,7 +104,7 @@ def export_onnx(name: str, folder: Path) -> Path:
         node.metadata_props.clear()  # lines of code, on this machine
     program.model.metadata_props["metadata"] = json.dumps(describe(name, network))
     content = program.model_proto.SerializeToString(deterministic=True)
-    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = onnx_session(content)
 
     def run(image: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])

@@ -20,7 +20,7 @@ from monai.networks.blocks.transformerblock import TransformerBlock
 from monai.networks.nets import DecoderOnlyTransformer
 from torch import Tensor, nn
 
-from ..errors import OutputError, UADError
+from ..errors import OutputError, UADError, first_few
 from ..files import replacing
 from ..outputs import Inputs, check_file
 
@@ -174,10 +174,10 @@ def _check_complete(network: nn.Module, old: StateDict, new: StateDict) -> None:
     # proj_attn had no effect on what the old network computed, see check_attention
     left_over = [name for name in old if id(old[name]) not in used_ids and ".proj_attn." not in name]
     if left_over:
-        raise WeightsImportError(source, f"no place for {_listed(left_over)}", remedy)
+        raise WeightsImportError(source, f"no place for {first_few(left_over)}", remedy)
     unset = [name for name in new if id(new[name]) not in old_ids and not name.startswith(needless)]
     if unset:
-        raise WeightsImportError(source, f"no old tensor for {_listed(unset)}", remedy)
+        raise WeightsImportError(source, f"no old tensor for {first_few(unset)}", remedy)
     for name, tensor in own.items():
         if tensor.shape != new[name].shape:
             fact = f"{name} is {tuple(tensor.shape)}, but {tuple(new[name].shape)} in the old weights"
@@ -191,8 +191,3 @@ def _without_effect(network: nn.Module) -> tuple[str, ...]:
         for path, block in network.named_modules()
         if isinstance(block, TransformerBlock) and not block.with_cross_attention
     )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -6,11 +6,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
@@ -27,9 +28,12 @@ from ..outputs import case_place, check_places
 from ..progress import Progress
 from ..results.read import one_cell
 from ..results.tables import COLUMNS, check_tables, write_tables
+from .ahead import one_ahead
 from .engines import DetectionEvaluator
 from .inference import SaveDetections
 
+T = TypeVar("T")
+Item = Mapping[str, Any]
 logger = logging.getLogger("uad")
 
 
@@ -158,29 +162,72 @@ def _say(message: str) -> None:
         tqdm.write(one_cell(message), file=sys.stderr)
 
 
-def claimed(folder: Path, items: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """The items of a datalist one by one, each while no other process is at a case of its name in this folder.
+def claimed(
+    folder: Path, items: Sequence[Item], make: Callable[[Item], T], ahead: bool = False
+) -> Generator[T, None, None]:
+    """What is made of the items of a datalist, one by one, each while no other process is at a case of its name there.
 
     Those that another process is at come last, when it is done with them: finished, or not if it was killed.
+
+    ahead: the next one is made while the caller is at the present one, see `one_ahead`; not of those that come last.
     """
-    waiting = []
-    for item in items:
-        with case_lock(folder, item, wait=False) as free:
-            if free:
-                yield item
-            else:
-                waiting.append(item)
+    waiting: list[Item] = []
+    claims = _free(folder, items, make, waiting)
+    with closing(one_ahead(claims, lambda claim: claim[1].close()) if ahead else claims) as each:
+        for made, lock in each:
+            with lock:
+                yield made
     for item in waiting:
         with case_lock(folder, item):
-            yield item
+            yield make(item)
 
 
-def case_lock(folder: Path, item: Mapping[str, Any], wait: bool = True) -> AbstractContextManager[bool]:
+def _free(
+    folder: Path, items: Sequence[Item], make: Callable[[Item], T], waiting: list[Item]
+) -> Generator[tuple[T, ExitStack], None, None]:
+    """What is made of the items, each with the lock of its case; those that another process is at go to `waiting`."""
+    for item in items:
+        with ExitStack() as lock:
+            if lock.enter_context(case_lock(folder, item, wait=False)):
+                yield make(item), lock.pop_all()
+            else:
+                waiting.append(item)
+
+
+def case_lock(folder: Path, item: Item, wait: bool = True) -> AbstractContextManager[bool]:
     """The lock of whoever is at a case; see `locked`."""
     return locked(folder, f"case {item['subject']}", wait)
 
 
 VERDICT = ("reliability", "doubts")
+
+
+class PreparedItem(Dataset):
+    """One item of a datalist, which may be brought through the preprocessing before it is asked for.
+
+    What goes wrong is raised when it is asked for. `seconds` is how long it took ahead.
+    """
+
+    def __init__(self, item: Item, preprocessing: Callable[..., Any]) -> None:
+        super().__init__([item], preprocessing)
+        self.item = item
+        self.seconds = 0.0
+        self._made: list[Any] = []
+        self._error: Exception | None = None
+
+    def prepare(self) -> None:
+        """Do it now, and keep the outcome for the one who asks."""
+        started = time.perf_counter()
+        try:
+            self._made.append(self[0])
+        except Exception as error:
+            self._error = error
+        self.seconds = time.perf_counter() - started
+
+    def _transform(self, index: int) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._made.pop() if self._made else super()._transform(index)
 
 
 class CaseRunner:
@@ -204,14 +251,28 @@ class CaseRunner:
             raise error  # Ctrl-C stops everything
         self._error = error
 
-    def __call__(self, item: Mapping[str, Any]) -> None:
+    def case(self, item: Item) -> PreparedItem:
+        """The item, to be prepared when it is asked for."""
+        return PreparedItem(item, self.preprocessing)
+
+    def __call__(self, item: Item | PreparedItem) -> None:
         """Detect, and write the case. Raises what went wrong, with a UADError as its cause if the input is to blame."""
         self._error = None
-        self.evaluator.data_loader = DataLoader(Dataset([item], self.preprocessing))
+        self.evaluator.data_loader = DataLoader(item if isinstance(item, PreparedItem) else self.case(item))
         self.evaluator.state.epoch_length = 1  # whatever the length of the workflow's own data was
         self.evaluator.run()
+        self.evaluator.state.batch = self.evaluator.state.output = None  # a case fills memory
         if self._error is not None:
             raise self._error
+
+    def ahead(self, item: Item, overwrite: bool) -> PreparedItem:
+        """The item, prepared unless its case is finished. Raises nothing: what is wrong comes up when the case runs."""
+        case = self.case(item)
+        with suppress(Exception):
+            self.evaluator.load()
+            if overwrite or self.saver.finished(item) is None:
+                case.prepare()
+        return case
 
 
 def failure_of(case: str, error: Exception) -> tuple[str, str]:
@@ -221,16 +282,18 @@ def failure_of(case: str, error: Exception) -> tuple[str, str]:
     return type(cause).__name__, str(cause)
 
 
-def run_case(runner: CaseRunner, item: Mapping[str, Any], overwrite: bool) -> CaseDone:
+def run_case(runner: CaseRunner, item: Item | PreparedItem, overwrite: bool) -> CaseDone:
     """Detect in an item of a datalist unless it is finished already; what is wrong with it is said in the result."""
-    case, started = str(item["subject"]), time.perf_counter()
+    prepared = item if isinstance(item, PreparedItem) else runner.case(item)
+    item, started = prepared.item, time.perf_counter() - prepared.seconds
+    case = str(item["subject"])
     try:
         record = None if overwrite else runner.saver.finished(item)
         if record is not None:
             return CaseDone(case, 0, {name: record[name] for name in VERDICT if name in record}, was_there=True)
         folder, entities = case_place(runner.saver.output_dir, item, runner.evaluator.bundle)
         discard_partial(folder.parent, entities or folder.name)
-        runner(item)
+        runner(prepared)
         return CaseDone(case, time.perf_counter() - started, runner.saver.verdicts[case])
     except Exception as error:
         return CaseDone(case, time.perf_counter() - started, {}, failure=failure_of(case, error))
@@ -265,6 +328,7 @@ def detect_cases(
     items: Sequence[Mapping[str, Any]],
     part: tuple[int, int] = (1, 1),
     overwrite: bool = False,
+    ahead: bool | None = None,
 ) -> int:
     """Detect in all items and return how many failed. Progress and failures go to stderr, the sum to stdout.
 
@@ -273,13 +337,19 @@ def detect_cases(
         items: a datalist.
         part: (i, n): only the i-th of n parts of the datalist, with a status file of its own.
         overwrite: do finished cases again.
+        ahead: prepare the next case, in a thread, while the network is at the present one; None: where the network is
+            not on the CPU, whose cores the two would share.
     Raises OutputError where the output folder cannot be written.
     """
     runner = CaseRunner(workflow)
     output_dir, mine = runner.saver.output_dir, part_of(items, part)
-    with Progress(len(mine)) as progress:
-        each = progress.each(claimed(output_dir, mine), lambda item: str(item["subject"]))
-        return write_outcomes((run_case(runner, item, overwrite) for item in each), output_dir, items, part)
+    if ahead is None:
+        ahead = runner.evaluator.state.device.type != "cpu"
+    ahead = ahead and len(mine) > 1
+    make = partial(runner.ahead, overwrite=overwrite) if ahead else runner.case
+    with Progress(len(mine)) as progress, closing(claimed(output_dir, mine, make, ahead)) as cases:
+        each = progress.each(cases, lambda case: str(case.item["subject"]))
+        return write_outcomes((run_case(runner, case, overwrite) for case in each), output_dir, items, part)
 
 
 def part_of(items: Sequence[Mapping[str, Any]], part: tuple[int, int]) -> Sequence[Mapping[str, Any]]:

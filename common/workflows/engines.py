@@ -16,6 +16,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..detection.onnx_runtime import check_engine, describe_engine, use_engine
 from ..detection.volume import VolumeDetector
 from ..devices import checked_device, moved
 from ..errors import UADError, one_line
@@ -47,6 +48,9 @@ class DetectionEvaluator(SupervisedEvaluator):
         task: is attached after the weights are.
         inferer: how the network is called.
         postprocessing: of each case; None for a task that takes the prediction itself.
+        engine: what computes the networks, "torch" or, on the CPU, "onnxruntime".
+
+    Raises what `check_engine` raises.
     """
 
     network: VolumeDetector
@@ -62,8 +66,11 @@ class DetectionEvaluator(SupervisedEvaluator):
         task: Task,
         inferer: Inferer | None = None,
         postprocessing: Postprocessing | None = None,
+        engine: str = "torch",
     ) -> None:
         device = checked_device(str(device))
+        if engine != "torch":
+            check_engine(engine, network.detector, device)
         super().__init__(
             device=device,
             val_data_loader=val_data_loader,
@@ -75,6 +82,7 @@ class DetectionEvaluator(SupervisedEvaluator):
         self.weights = weights
         self.preprocessing = preprocessing
         self.postprocessing = postprocessing
+        self._engine = engine
         self._loaded = False
         self.add_event_handler(Events.STARTED, self.load)
         self.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._keep_scores)
@@ -85,7 +93,14 @@ class DetectionEvaluator(SupervisedEvaluator):
         if not self._loaded:
             load_into(self.network, self.weights)
             self.network.eval()
+            if self._engine != "torch":
+                use_engine(self._engine, self.network.detector)
             self._loaded = True
+
+    @property
+    def engine(self) -> str:
+        """What computes the networks, with its version where it is not torch, whose version is recorded anyway."""
+        return describe_engine(self._engine)
 
     def _keep_scores(self) -> None:
         """Those that come with the map, beside the prediction, as `slice_scores`."""

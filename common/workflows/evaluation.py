@@ -271,7 +271,7 @@ class Evaluate:
             "bundle": self.evaluator.bundle,
             "threshold": self.threshold,
             "threshold_origin": calibration.origin(self.threshold),
-            "run_time": self.run_time.result(),
+            "run_time": self.run_time.result() | {"engine": self.evaluator.engine},
             **fingerprint.record(),
             "fingerprint": fingerprint.digest,
             "warnings": said(fingerprint.calibration_warning(calibration.settings)),

@@ -38,7 +38,8 @@ def draw_stages(bundle: str, images: Sequence[Path], output: Path, index: int | 
         network, preprocessing, device = content("network_def"), content("preprocessing"), content("device")
         load_into(network, content("weights"))
         (case,) = find_cases(list(images), metadata(bundle)["modalities"])
-        slices = preprocessing(case)["image"].as_tensor().movedim(-1, 0)
+        volume = preprocessing(case)["image"]
+        slices = volume.as_tensor().movedim(-1, 0)
     used = (slices > 0).flatten(1).any(1).nonzero().flatten().tolist()
     chosen = used[len(used) // 2] if index is None else index
     if chosen not in used:
@@ -46,5 +47,7 @@ def draw_stages(bundle: str, images: Sequence[Path], output: Path, index: int | 
     seeds = slice_seeds(network.seed, torch.tensor([chosen]))
     detector = network.to(device).eval().detector
     rows = stages(detector, padded(slices[chosen : chosen + 1], detector.size_divisor).to(device), seeds)
+    middle = torch.tensor([*((size - 1) / 2 for size in slices.shape[2:]), chosen, 1.0], dtype=torch.float64)
+    z_mm = float(volume.affine[2].double() @ middle)
     with replacing(output) as temporary:
-        save_stages(rows, temporary, f"{bundle}, {case['subject']}, slice {chosen}")
+        save_stages(rows, temporary, f"{bundle}: {case['subject']}, slice {chosen} (z = {z_mm:.0f} mm)")

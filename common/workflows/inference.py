@@ -70,7 +70,8 @@ class SaveDetections:
         check_places(self.output_dir, getattr(dataset, "data", ()), self.evaluator.bundle, [self.evaluator.weights])
 
     def _start(self, engine: Engine) -> None:
-        self._started = time.perf_counter()
+        dataset = getattr(engine.state.dataloader, "dataset", None)
+        self._started = time.perf_counter() - getattr(dataset, "seconds", 0.0)  # that were spent on the case before
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
@@ -137,6 +138,7 @@ class SaveDetections:
             "warnings": self.warnings,
             "brain_mask": batch["brain_source"],
             "device": str(device),
+            "engine": self.evaluator.engine,
         }
 
     def result(self, output: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Preparation:
         subject, started = str(item["subject"]), time.perf_counter()
         files = [self.output / name for name in prepared_files(item, self.modalities).values()]
         try:
-            if all(file.is_file() for file in files) and is_done(read_status(self.table_path), subject):
+            if all(file.is_file() for file in files) and self.is_done(subject):
                 return CaseDone(subject, 0, {}, was_there=True)
             for file, volume in zip(files, prepare_subject(self.preprocessing, item), strict=True):
                 discard_partial(file.parent, file.name)
@@ -64,6 +64,16 @@ class Preparation:
             return CaseDone(subject, time.perf_counter() - started, {})
         except Exception as error:
             return CaseDone(subject, time.perf_counter() - started, {}, failure=failure_of(subject, error))
+
+    def is_done(self, subject: str) -> bool:
+        """Whether the table says that the subject was written; it is read again only where what was read does not."""
+        if not is_done(self._rows, subject):
+            self._rows.update(read_status(self.table_path))
+        return is_done(self._rows, subject)
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, tuple[str, ...]]:
+        return {}
 
     @property
     def table_path(self) -> Path:
@@ -109,7 +119,7 @@ def prepare_cohort(cohort: Path, output: Path, spacing_mm: float, register: bool
     """
     preparation, items = preparation_of(cohort, output, spacing_mm, register, strip)
     with Progress(len(items), "subject") as progress:
-        each = progress.each(claimed(output, items), lambda item: str(item["subject"]))
+        each = progress.each(claimed(output, items, dict), lambda item: str(item["subject"]))
         return preparation.write(map(preparation.run, each), items)
 
 

@@ -390,7 +390,8 @@ def bad_scan(tmp_path_factory):
 
 
 def uad(*arguments, **settings):
-    command = [sys.executable, "-m", "common", "detect", *map(str, arguments), "-m", METHOD]
+    """Without progress, whose lines depend on the time."""
+    command = [sys.executable, "-m", "common", "detect", "-q", *map(str, arguments), "-m", METHOD]
     return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
 
 

@@ -296,6 +296,17 @@ def test_score_of_its_own_passes_is_that_of_the_same_views(views):
     assert torch.equal(single.nan_to_num(), free.slice_scores.nan_to_num()) is not bool(views)
 
 
+@pytest.mark.parametrize("method", [Scored, Costly])
+def test_scores_that_autocast_makes_short_are_laid_back(method, monkeypatch):
+    image, measured = volume(1, 1, 4, 4, 3), Scored.measured
+    monkeypatch.setattr(Scored, "measured", lambda *given: measured(*given).bfloat16())
+    model = VolumeDetector(method())
+    model(image)
+    scores = model.slice_scores if method is Scored else model.score(image)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+
+
 def test_scores_of_the_last_volume_do_not_stay():
     model = VolumeDetector(Scored())
     model(volume(1, 1, 4, 4, 3))

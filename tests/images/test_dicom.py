@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, JPEGLSLossless, RLELossless, generate_uid
 
 from common.errors import DicomError
-from common.images.dicom import choose_series, find_series, read_series
+from common.images.dicom import choose_series, find_series, read_series, without_warnings
 
 PLANES = ["axial", "sagittal", "coronal", "oblique"]
 
@@ -325,3 +327,28 @@ def test_real_sagittal_series():
     stored = pydicom.dcmread(choose_series(folder).files[0])
     assert stored.ImagePositionPatient[0] > 81  # at the left, in LPS
     np.testing.assert_array_equal(ras[0, 0].numpy()[::-1, ::-1].T, stored.pixel_array)
+
+
+def test_two_threads_leave_the_warnings_as_they_were():
+    """The next case may be read while the present one is written; Python keeps one list of filters for all threads."""
+    before, first_is_in, second_is_in, may_leave = list(warnings.filters), *(threading.Event() for _ in range(3))
+
+    def first():
+        with without_warnings():
+            first_is_in.set()
+            second_is_in.wait(0.2)  # it comes in where nothing keeps it out
+        may_leave.set()
+
+    def second():
+        first_is_in.wait(30)
+        with without_warnings():
+            second_is_in.set()
+            may_leave.wait(30)
+
+    threads = [threading.Thread(target=do) for do in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert second_is_in.is_set()
+    assert list(warnings.filters) == before

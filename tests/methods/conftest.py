@@ -47,6 +47,23 @@ def check_seeds(detector, image, differ=1e-3):
     assert (first - other).abs().max() > differ
 
 
+def check_training(objective, *given, below, steps=30, lr=0.01, parts=("loss",), ends=(3, 5), **named):
+    """Steps on the same batch bring these parts of the loss `below` that share of what they were.
+
+    ends: how many of the first and of the last losses the means are of.
+    """
+    optimizer = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], lr=lr)
+    history = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses = objective(*given, **named)
+        losses["loss"].backward()
+        optimizer.step()
+        history.append([losses[part].item() for part in parts])
+    start, end = (torch.tensor(part).mean(dim=0) for part in (history[: ends[0]], history[-ends[1] :]))
+    assert (end < below * start).all(), f"{start.tolist()} to {end.tolist()}"
+
+
 @pytest.fixture(name="check_detection")
 def check_detection_fixture():
     return check_detection
@@ -60,3 +77,8 @@ def check_batches_fixture():
 @pytest.fixture(name="check_seeds")
 def check_seeds_fixture():
     return check_seeds
+
+
+@pytest.fixture(name="check_training")
+def check_training_fixture():
+    return check_training

@@ -5,7 +5,7 @@ import torch
 from arrays import generators, golden, slices
 from torch import nn
 
-from common.errors import ImageShapeError
+from common.errors import BundleError, ImageShapeError, SettingError
 from common.methods.ar_transformer import (
     ORDERINGS,
     ARTransformer,
@@ -16,6 +16,7 @@ from common.methods.ar_transformer import (
 )
 from common.networks.latent_space import LatentSpace
 from common.networks.vq_autoencoder import VQAutoencoder
+from common.weights import load_into, save_weights
 
 
 def tiny(num_embeddings=16, channels=1, latent_size=(4, 4), **settings):
@@ -140,6 +141,31 @@ def test_map_is_the_mean_over_the_orderings():
     torch.testing.assert_close(together.anomaly_map, torch.stack(maps).mean(dim=0), atol=1e-5, rtol=0)
     torch.testing.assert_close(together.score, torch.stack(scores).mean(dim=0))
     assert torch.stack(maps).std(dim=0).max() > 1e-2
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_weights_of_the_ensemble_load_into_fewer_orderings(count, tmp_path):
+    ensemble, few, image = tiny(num_orderings=8), tiny(num_orderings=count), slices()
+    save_weights(ensemble.state_dict(), tmp_path / "model.pt")
+    nn.init.zeros_(few.transformers[0].to_logits.weight)  # else they are alike from the beginning
+    for detector in (ensemble, few):
+        load_into(detector, tmp_path / "model.pt")
+    ensemble.transformers = ensemble.transformers[:count]
+    expected, found = ensemble.detect(image), few.detect(image)
+    assert torch.equal(found.anomaly_map, expected.anomaly_map)
+    assert torch.equal(found.score, expected.score)
+
+
+def test_weights_of_fewer_orderings_are_no_ensemble(tmp_path):
+    save_weights(tiny(num_orderings=2).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(BundleError, match=r"missing: transformers\.2\..* and \d+ more"):
+        load_into(tiny(num_orderings=3), tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("count", [0, -1, 9])
+def test_orderings_that_there_are_not(count):
+    with pytest.raises(SettingError, match="choose 1 to 8"):
+        tiny(num_orderings=count)
 
 
 def test_score_is_the_negative_log_likelihood_of_the_codes():

@@ -14,6 +14,7 @@ from common.detection.method import median
 from common.detection.volume import VolumeDetector
 from common.diffusion.bernoulli import BernoulliScheduler
 from common.errors import ImageShapeError, SettingError
+from common.methods import berdiff
 from common.methods.berdiff import (
     LOGIT_ERROR,
     BerDiff,
@@ -334,6 +335,20 @@ def test_bits_that_rounding_could_change_are_those_of_a_full_batch(error, monkey
     assert sizes == ([1, 2] if error else [1])
 
 
+def test_full_batches_are_encoded_once(monkeypatch):
+    """However near the decisions of the batch that is not full; the bits are those of full batches."""
+    monkeypatch.setattr(berdiff, "LOGIT_ERROR", 1.0)
+    detector, image, sizes, drawn = tiny(), slices(3), [], []
+    posterior, seeds = detector.latent_space.posterior, torch.tensor([1, 2, 3])
+    monkeypatch.setattr(detector.latent_space, "posterior", lambda x: sizes.append(len(x)) or posterior(x))
+    monkeypatch.setattr(detector, "sample", lambda z, g: drawn.append(z) or BerDiff.sample(detector, z, g))
+    detector.detect(image, seeds=seeds)
+    assert sizes == [2, 1, 2]
+    for part in (slice(2), slice(2, 3)):
+        detector.detect(image[part], seeds=seeds[part])
+        assert torch.equal(drawn.pop(), drawn[0][part])
+
+
 def test_volumes_with_meta_data_as_inference_has_them():
     volume = slices(3)[:, 0].movedim(0, -1)[None]
     batch = list_data_collate([{"image": MetaTensor(volume, meta={"filename_or_obj": "a.nii.gz"})}])["image"]
@@ -499,18 +514,10 @@ def test_only_the_unet_is_trained():
     assert all(p.grad is None for p in objective.detector.latent_space.parameters())
 
 
-def test_training_lowers_the_loss():
+def test_training_lowers_the_loss(check_training):
     detector, posterior = tiny(), (code(4, 6, 4, 4), torch.zeros(4, 6, 4, 4))
     objective = BerDiffObjective(detector, max_t=300)
-    optimizer = torch.optim.Adam(detector.unet.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = objective(posterior=posterior)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    check_training(objective, posterior=posterior, below=0.7, steps=60, lr=3e-3)
 
 
 # --- the objective of the autoencoder ---
@@ -580,15 +587,7 @@ def test_the_players_gradients_stop_at_each_other():
         assert trained == [module is player for module in players.values()]
 
 
-def test_autoencoder_is_thawed_and_learns():
+def test_autoencoder_is_thawed_and_learns(check_training):
     torch.manual_seed(0)
     objective, images = BinaryAutoencoderObjective(tiny().latent_space), slices(4)
-    optimizer = torch.optim.Adam(objective.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = objective(images)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    check_training(objective, images, below=0.7, steps=60, lr=3e-3)

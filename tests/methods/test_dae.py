@@ -1,6 +1,5 @@
 """DAE against the published formulas (golden/dae/README.md), and the contract of a method."""
 
-import numpy as np
 import pytest
 import torch
 from arrays import golden, slices
@@ -161,16 +160,8 @@ def test_resolution_of_the_noise_is_drawn_per_batch():
     assert 10 < flat < 30
 
 
-def test_training_teaches_to_remove_the_noise():
+def test_training_teaches_to_remove_the_noise(check_training):
     torch.manual_seed(0)
     detector = DAE(WeightStandardisedUNet(1, (8, 16), (2, 4)))
     objective, image = DAEObjective(detector, noise_resolutions=(4,)), slices(4)
-    optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
-    losses = []
-    for _ in range(40):
-        optimizer.zero_grad()
-        loss = objective(image)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
+    check_training(objective, image, below=0.3, steps=40)

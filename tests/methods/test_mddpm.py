@@ -1,6 +1,5 @@
 """mDDPM against the golden arrays of its filters, rectangles and losses (golden/mddpm/README.md)."""
 
-import numpy as np
 import pytest
 import torch
 from arrays import golden, slices
@@ -152,7 +151,7 @@ def test_without_rectangles_it_learns_what_pddpm_learns():
     torch.testing.assert_close(*losses)
 
 
-def test_training_learns():
+def test_training_learns(check_training):
     torch.manual_seed(0)
     network = PixelUnshuffleUNet(
         1, 2, channels=[8, 16], attention_levels=[False, False], num_res_blocks=1, norm_num_groups=4
@@ -160,15 +159,7 @@ def test_training_learns():
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
     training, images = MDDPMObjective(PDDPM(network, patch_size=24), max_timestep=600), brains(4)
-    optimizer = torch.optim.Adam(training.parameters(), lr=0.01)
-    losses = []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = training(images, images > 0)["loss"]
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
+    check_training(training, images, images > 0, below=0.8)
 
 
 @pytest.mark.parametrize("settings", [{"kinds": ["mixed"]}, {"kinds": []}, {"counts": [3, 1]}, {"counts": [-1, 1]}])

@@ -176,9 +176,9 @@ def test_disk_that_stays_full_is_one_line(tmp_path, monkeypatch):
 
 def test_cases_that_another_process_is_at_come_last(tmp_path):
     items = [{"subject": name} for name in "abc"]
-    other = claimed(tmp_path, items)
+    other = claimed(tmp_path, items, dict)
     assert next(other) == {"subject": "a"}
-    mine = claimed(tmp_path, items)
+    mine = claimed(tmp_path, items, dict)
     assert next(mine) == {"subject": "b"}
     assert next(other) == {"subject": "c"}
     other.close()
@@ -203,7 +203,7 @@ def test_two_processes_share_the_cases(thin_brains, tmp_path):
     command = ("detect", *few, "-m", "dae", "-o", out)
     killed, other = uad(*command), uad(*command)
     seen = {}
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while other.poll() is None and time.monotonic() < deadline:
         for name, written in records(out).items():
             assert seen.setdefault(name, written) == written, f"{name} was done twice"

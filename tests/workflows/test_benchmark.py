@@ -65,6 +65,7 @@ def test_result_of_a_method(measured):
     time = result["run_time"]
     assert time["seconds_per_volume"] > time["network_seconds_per_slice"] > 0
     assert 0 < time["slices_per_volume"] <= 12
+    assert time["engine"] == "torch"
     assert time["peak_memory_mb"] is None or time["peak_memory_mb"] > 100
     assert result["protocols"]["mad_ad_s2"]["n_slices"] == 1
     dice = result["protocols"]["masked_bernoulli"]["dice"]

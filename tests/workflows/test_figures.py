@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from common.cli import app
 from common.cohorts.table import SAMPLE_DIR
+from common.workflows import figures
 
 SAMPLE = SAMPLE_DIR / "mni152_lesions_T1.nii.gz"
 
@@ -16,11 +17,14 @@ def draw(*arguments):
     return CliRunner().invoke(app, ["figures", *map(str, arguments)])
 
 
-def test_a_picture_of_the_sample(tmp_path):
+def test_a_picture_of_the_sample(tmp_path, monkeypatch):
+    titles, save = [], figures.save_stages
+    monkeypatch.setattr(figures, "save_stages", lambda *given: (titles.append(given[2]), save(*given)))
     output = tmp_path / "dae.png"
     done = draw("dae", SAMPLE, "-o", output)
     assert done.exit_code == 0, done.output
     assert f"{output}: the picture" in done.output
+    assert titles == ["dae: mni152_lesions_T1, slice 39 (z = 6 mm)"]  # 6.5, as in the file
     with Image.open(output) as picture:
         assert picture.width > picture.height
     first = output.read_bytes()

@@ -10,7 +10,9 @@ import torch
 
 from common.cohorts.table import read_cohort
 from common.transforms.pipeline import BrainPreprocessing
-from common.workflows.prepare import prepare_cohort
+from common.workflows import prepare
+from common.workflows.batch import StatusTable
+from common.workflows.prepare import preparation_of, prepare_cohort, prepared_files
 
 SETTINGS = {"spacing_mm": 4.0, "percentile": 98.0, "upper": 0.8, "canvas": 0}
 
@@ -48,6 +50,25 @@ def test_bad_subjects_are_left_out_and_done_again(cohort, tmp_path):
     assert prepare_cohort(cohort, tmp_path, 4.0, register=False, strip=None) == 0
     assert [item["subject"] for item in read_cohort(tmp_path / "cohort.csv", ["T1"])] == ["a", "b", "c", "d"]
     assert (tmp_path / "a" / "T1.nii.gz").stat().st_mtime_ns == written
+
+
+def test_the_table_is_read_once_for_all_that_is_done(cohort, tmp_path, monkeypatch):
+    """And again where another process has done a subject since."""
+    preparation, items = preparation_of(cohort, tmp_path / "out", 4.0, register=False, strip=None)
+    for item in items:
+        for name in prepared_files(item, ["T1"]).values():
+            (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "out" / name).touch()
+    read, times = prepare.read_status, []
+    monkeypatch.setattr(prepare, "read_status", lambda path: times.append(path) or read(path))
+    with StatusTable(preparation.table_path) as table:
+        for item in items[:-1]:
+            table.add(item["subject"], "ok", 1)
+        assert [preparation.run(item).was_there for item in items[:-1]] == [True] * (len(items) - 1)
+        assert len(times) == 1
+        table.add(items[-1]["subject"], "ok", 1)
+        assert preparation.run(items[-1]).was_there
+        assert len(times) == 2
 
 
 def test_the_site_of_a_subject_is_kept(cohort, tmp_path):

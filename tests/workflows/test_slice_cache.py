@@ -156,7 +156,7 @@ def test_processes_share_the_work(data, log, tmp_path):
     for process in others:
         process.start()
     for process in others:
-        process.join(60)
+        process.join(600)
     assert [process.exitcode for process in others] == [0] * 3
     assert sorted(subjects_in(log)) == [str(number) for number in range(SUBJECTS)]
     assert len(list((tmp_path / "cache").iterdir())) == SUBJECTS  # neither locks nor what is half-written
@@ -193,7 +193,7 @@ def test_volume_that_another_process_is_at_is_waited_for(data, tmp_path):
         other.join(0.5)
         assert other.is_alive()
         file.write_bytes(content)
-    other.join(60)
+    other.join(600)
     assert other.exitcode == 0
     assert subjects_in(tmp_path / "log") == []
 
