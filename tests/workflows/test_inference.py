@@ -55,7 +55,9 @@ def saver(tmp_path):
         segmentation = {"threshold": 0.1, "min_volume_ml": 0.02, "save_map": False}
         evaluator = Engine(lambda engine, batch: engine.outputs)
         evaluator.state.device = torch.device("cpu")
-        vars(evaluator).update(bundle="dae", network=network, weights=str(weights), preprocessing=preprocessing)
+        vars(evaluator).update(
+            bundle="dae", engine="torch", network=network, weights=str(weights), preprocessing=preprocessing
+        )
         evaluator.postprocessing = Postprocessing(preprocessing, str(weights), segmentation)
         handler = SaveDetections(str(tmp_path / "out"), **options)
         handler.attach(evaluator)
