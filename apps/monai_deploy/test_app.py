@@ -107,7 +107,7 @@ def detected(samples, tmp_path_factory):
     return detect
 
 
-@pytest.mark.parametrize(("key", "modality"), [("dae", "T1"), ("mad_ad", "T1"), ("vae_headct", "CT")])
+@pytest.mark.parametrize(("key", "modality"), [("dae", "T1"), ("mad_ad", "T1"), ("f_anogan_headct", "CT")])
 def test_results_are_those_of_the_bundle(key, modality, samples, detected, report, tmp_path):
     output, done = detected(key, modality)
     assert done.returncode == 0, done.stderr
