@@ -11,7 +11,6 @@ they would be written. Written after each row: gpu.json, and the table as gpu.md
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from measure_speed import write_both
 from monai.data import MetaTensor
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.detection.volume import VolumeDetector
 from common.devices import checked_device
 from common.errors import one_line
-from common.files import replacing
 from common.results.case import versions
 from common.transforms.registration import dice
 from common.weights import load_into, sha256
@@ -55,12 +54,7 @@ def main(
     result |= {"tf32_convolutions": torch.backends.cudnn.allow_tf32, "peak_tflops": peaks, "rows": []}
     for one in rows:
         result["rows"].append(measure(one, where, peaks, repeats, slices))
-        for name, text in {
-            "gpu.json": json.dumps(result | {"versions": versions()}, indent=2),
-            "gpu.md": table(result),
-        }.items():
-            with replacing(output / name) as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
+        write_both(output, "gpu", result | {"versions": versions()}, table(result))
     print(table(result))
 
 

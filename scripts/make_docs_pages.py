@@ -67,11 +67,8 @@ def stages_of(bundle: Path) -> str:
 
 def code_of(bundle: Path) -> str:
     """Where the classes of a bundle's method are in the reference: the formulas, and the lines that compute them."""
-    configs = [
-        bundle / "configs" / name
-        for name in ("inference.json", "train.json", "train_autoencoder.json", "train_gan.json")
-    ]
-    text = "".join(path.read_text(encoding="utf-8") for path in configs if path.is_file())
+    configs = [bundle / "configs" / "inference.json", *sorted((bundle / "configs").glob("train*.json"))]
+    text = "".join(path.read_text(encoding="utf-8") for path in configs)
     classes = dict.fromkeys(re.findall(r"common\.(?:methods|networks)\.\w+\.\w+", text))
     lines = [f"* [`{name}`](../reference/{name.split('.')[1]}.md#{name})" for name in classes]
     said = "Each class says its formulas, and shows under *Source code* the lines that compute them."

@@ -10,7 +10,6 @@ of convolutions, matrix products and attention. Written: networks.json, and the 
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from measure_speed import write_both
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +30,6 @@ from common.detection.onnx_runtime import check_engine, describe_engine, use_eng
 from common.detection.volume import padded
 from common.devices import keep_freed_memory
 from common.errors import one_line
-from common.files import replacing
 from common.results.case import versions
 from common.sharing.export import load_network
 from common.weights import weights_sha256
@@ -58,9 +57,7 @@ def main(
         rows.append(row_of(name, scan, slices, repeats))
         result = {"slices": slices, "repeats": repeats, "threads": 1, "rows": rows}
         result |= {"engine": describe_engine("onnxruntime"), "versions": versions()}
-        for file, text in {"networks.json": json.dumps(result, indent=2), "networks.md": table(rows)}.items():
-            with replacing(output / file) as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
+        write_both(output, "networks", result, table(rows))
     print(table(rows))
 
 

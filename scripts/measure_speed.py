@@ -68,10 +68,15 @@ def main(
     commits = {state: commit_of(tree) for state, tree in trees.items()}
     result = {"method": method, "weights_sha256": weights, "commits": commits, "repeats": repeats, "threads": 1}
     result |= {"rows": rows, "versions": versions()}
-    for name, text in {"speed.json": json.dumps(result, indent=2), "speed.md": table(rows)}.items():
-        with replacing(output / name) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+    write_both(output, "speed", result, table(rows))
     print(table(rows))
+
+
+def write_both(folder: Path, name: str, result: dict[str, Any], markdown: str) -> None:
+    """Figures as `name`.json, and their table as `name`.md."""
+    for suffix, text in {".json": json.dumps(result, indent=2), ".md": markdown}.items():
+        with replacing(folder / f"{name}{suffix}") as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def row_of(scan: Path, method: str, trees: dict[str, Path], repeats: int) -> dict[str, Any]:
