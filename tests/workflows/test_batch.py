@@ -65,12 +65,10 @@ def records(folder):
 
 
 @pytest.fixture(scope="module")
-def thin_brains(phantom, save_nifti, tmp_path_factory):
+def thin_brains(thin_brain, save_nifti, tmp_path_factory):
     """A folder of brains of four slices each, which are too thick for a result to be relied on."""
     folder = tmp_path_factory.mktemp("brains")
-    (height, width, depth), affine = phantom.grid(spacing_mm=(4, 4, 4))
-    affine[:3, 3] += affine[:3, :3] @ (0, 0, depth // 2 - 2)
-    image = phantom.on_grid((height, width, 4), affine)[0]
+    image, affine = thin_brain
     for index in range(CASES):
         save_nifti(folder / f"{index:02}.nii.gz", image + (image > 0) * np.float32(index), affine)
     return folder

@@ -15,28 +15,22 @@ from common.progress import quiet
 from common.workflows import batch
 from common.workflows.batch import CaseRunner, PreparedItem, claimed, detect_cases
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 SECONDS = 60  # after which a test that hangs fails
 NAMES = ("first", "bad", "second", "third")
 OF_THE_RUN = ("seconds", "created")  # of a record: differ from run to run
 
 
 @pytest.fixture(scope="module")
-def items(phantom, save_nifti, tmp_path_factory):
+def items(thin_brain, save_nifti, tmp_path_factory):
     """Three brains of four slices, and between them one of NaN."""
     folder = tmp_path_factory.mktemp("brains")
-    (height, width, depth), affine = phantom.grid(spacing_mm=(4, 4, 4))
-    affine[:3, 3] += affine[:3, :3] @ (0, 0, depth // 2 - 2)
-    image = phantom.on_grid((height, width, 4), affine)[0]
+    image, affine = thin_brain
     for index, name in enumerate(NAMES):
         scan = image * np.nan if name == "bad" else image + (image > 0) * np.float32(index)
         save_nifti(folder / f"{name}.nii.gz", scan, affine)
     return [{"subject": name, "image": str(folder / f"{name}.nii.gz")} for name in NAMES]
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """Drawing takes seconds."""
-    monkeypatch.setattr("common.results.case.save_preview", lambda case, threshold, path, *others: path.touch())
 
 
 @pytest.fixture

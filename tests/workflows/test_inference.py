@@ -20,6 +20,8 @@ from common.transforms.postprocess import Postprocessing
 from common.weights import save_weights, sha256
 from common.workflows.inference import SaveDetections
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 DOUBT = ["slices of 5.0 mm, the networks were trained on thin ones"]
 
 
@@ -28,12 +30,6 @@ class Half(AnomalyDetector):
 
     def _detect(self, image, foreground, generators):
         return image / 2, image
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """Drawing takes seconds."""
-    monkeypatch.setattr("common.results.case.save_preview", lambda case, threshold, path, *others: path.touch())
 
 
 @pytest.fixture
