@@ -116,21 +116,11 @@ class MMCCD(AnomalyDetector):
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[Generator]) -> tuple[Tensor, Tensor]:
         x, start = to_network(image), noise_like(image, generators)
         errors, cycled, count = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x)
-        for strip in self.strips(x):
+        for strip in strips(x, self.width, self.stride):
             noises = (noise_like(x, generators) for _ in self.steps)
             back = self.back(self.translate(x, strip, start, noises))
             errors, cycled, count = errors + strip * (x - back).square(), cycled + strip * back, count + strip
         return errors / count, to_image(cycled / count)
-
-    def strips(self, x: Tensor) -> list[Tensor]:
-        """Masks (1, 1, H, W), 1 in a strip, cut at the border: of columns, then of rows."""
-        found = []
-        for axis in (3, 2):
-            places = torch.arange(x.shape[axis], device=x.device)
-            for first in range(0, x.shape[axis], self.stride):
-                inside = ((places >= first) & (places < first + self.width)).to(x.dtype)
-                found.append(inside.view(1, 1, *((-1, 1) if axis == 2 else (1, -1))).expand(1, 1, *x.shape[2:]))
-        return found
 
     def translate(self, x: Tensor, strip: Tensor, start: Tensor, noises: Iterator[Tensor]) -> Tensor:
         """B of a slice, told what is outside of the strip; start: noise, and `noises` for the strip, one a step."""
@@ -150,24 +140,37 @@ class MMCCDObjective(TrainingObjective):
 
     Args:
         detector: the `MMCCD` whose networks are trained.
+        stride: of the first columns and rows of the strips, of which each batch draws one, as published.
     """
 
-    def __init__(self, detector: MMCCD) -> None:
+    def __init__(self, detector: MMCCD, stride: int = 2) -> None:
         super().__init__()
         self.detector = detector
+        self.stride = stride
 
     def forward(self, images: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
-        """Keys `loss`, `there` and `back`; pairs (B, 2, H, W) of A and B. A batch has one strip, as published."""
+        """Keys `loss`, `there` and `back`; the images are pairs (B, 2, H, W) of A and B."""
         a, b = pair(images)
         detector = self.detector
-        strips = detector.strips(a)
-        strip = strips[int(torch.randint(len(strips), ()))]
+        places = strips(a, detector.width, self.stride)
+        strip = places[int(torch.randint(len(places), ()))]
         t = torch.randint(detector.scheduler.num_train_timesteps, (len(a),), device=a.device)
         noised = detector.scheduler.add_noise(b, torch.randn_like(b), t)
         condition = strip * torch.randn_like(a) + (1 - strip) * a
         there = F.mse_loss(detector.there(torch.cat([noised, condition], dim=1), t), b)
         back = F.mse_loss(detector.back(b), a)
         return {"loss": there + back, "there": there, "back": back}
+
+
+def strips(x: Tensor, width: int, stride: int) -> list[Tensor]:
+    """Masks (1, 1, H, W), 1 in a strip of an image (B, 1, H, W), cut at the border: of columns, then of rows."""
+    found = []
+    for axis in (3, 2):
+        places = torch.arange(x.shape[axis], device=x.device)
+        for first in range(0, x.shape[axis], stride):
+            inside = ((places >= first) & (places < first + width)).to(x.dtype)
+            found.append(inside.view(1, 1, *((-1, 1) if axis == 2 else (1, -1))).expand(1, 1, *x.shape[2:]))
+    return found
 
 
 def to_network(image: Tensor) -> Tensor:

@@ -19,15 +19,17 @@ class PixelUnshuffleUNet(Recorded, DiffusionModelUNet):
     section 3.3) and make a step several times cheaper.
 
     Args:
-        in_channels: of the image, and of the output.
+        in_channels: of the image.
         factor: f, side of a cell in pixels.
+        out_channels: of the output; those of the image if not given.
         settings: the other arguments of MONAI's `DiffusionModelUNet`, in two dimensions. `use_flash_attention` holds in
             evaluation only: on a CPU the fused kernel makes a call a quarter faster, its gradient twice as slow.
     """
 
-    def __init__(self, in_channels: int = 1, factor: int = 2, **settings: Any) -> None:
-        channels = in_channels * factor * factor
-        super().__init__(spatial_dims=2, in_channels=channels, out_channels=channels, **settings)
+    def __init__(self, in_channels: int = 1, factor: int = 2, out_channels: int | None = None, **settings: Any) -> None:
+        cell = factor * factor
+        out_channels = in_channels if out_channels is None else out_channels
+        super().__init__(spatial_dims=2, in_channels=in_channels * cell, out_channels=out_channels * cell, **settings)
         self.factor = factor
         self.use_flash_attention = bool(settings.get("use_flash_attention"))
         self.train(self.training)
@@ -40,7 +42,7 @@ class PixelUnshuffleUNet(Recorded, DiffusionModelUNet):
         return super().train(mode)
 
     def forward(self, x: Tensor, timesteps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: (B, C, H, W), H and W multiples of `size_divisor(self)`; timesteps: (B,). Returns (B, C, H, W)."""
+        """x: (B, C, H, W), H and W multiples of `size_divisor(self)`; timesteps: (B,). Returns the same size."""
         cells = super().forward(F.pixel_unshuffle(x, self.factor), timesteps, *args, **kwargs)
         return F.pixel_shuffle(cells, self.factor)
 

@@ -7,7 +7,7 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
 from common.errors import ImageShapeError, SettingError
-from common.methods.cycle_unet import MMCCD, CycleUNet, CycleUNetObjective, MMCCDObjective, to_image, to_network
+from common.methods.cycle_unet import MMCCD, CycleUNet, CycleUNetObjective, MMCCDObjective, strips, to_image, to_network
 from common.networks.weight_standardised_unet import WeightStandardisedUNet
 
 
@@ -180,9 +180,9 @@ def toy_mmccd(**settings):
 
 def test_strips_and_steps():
     g, detector = golden("cycle_unet/mmccd_run"), toy_mmccd()
-    strips = torch.stack(detector.strips(g["x"]))
-    assert torch.equal(strips, 1 - g["masks"].float())
-    assert torch.equal(strips.sum(dim=0), g["coverage"].float())
+    masks = torch.stack(strips(g["x"], detector.width, detector.stride))
+    assert torch.equal(masks, 1 - g["masks"].float())
+    assert torch.equal(masks.sum(dim=0), g["coverage"].float())
     assert detector.steps == g["timesteps"].tolist()
     torch.testing.assert_close(detector.scheduler.alpha_bar[detector.steps], g["alpha_bar"], atol=1e-6, rtol=1e-4)
 
@@ -204,16 +204,16 @@ def test_run(monkeypatch):
 def test_published_strips_and_calls():
     """64 starts of columns, 64 of rows; a pixel lies in 2 to 16 strips."""
     detector = MMCCD(Toy(same), Toy(same), stride=2, num_inference_steps=100)
-    strips = detector.strips(torch.zeros(1, 1, 128, 128))
-    assert len(strips) * len(detector.steps) + len(strips) == 12_928
+    masks = strips(torch.zeros(1, 1, 128, 128), detector.width, detector.stride)
+    assert len(masks) * len(detector.steps) + len(masks) == 12_928
     assert detector.steps[0] == 990
-    coverage = sum(strips)[0, 0]
+    coverage = sum(masks)[0, 0]
     assert (coverage[0, 0], coverage[0, 64], coverage[64, 64], coverage[-1, -1]) == (2, 9, 16, 16)
 
 
 def test_what_is_in_a_strip_is_not_told():
     detector, x = toy_mmccd(), to_network(slices())
-    strip = detector.strips(x)[3]
+    strip = strips(x, detector.width, detector.stride)[3]
     noises = [torch.full_like(x, 7.0)] * 5
     detector.translate(x, strip, torch.zeros_like(x), iter(noises))
     for seen, _ in detector.there.calls:

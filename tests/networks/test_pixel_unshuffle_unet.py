@@ -23,6 +23,11 @@ def test_image_in_and_out(factor):
     assert network(torch.rand(2, 2, 16, 8), torch.tensor([3, 500])).shape == (2, 2, 16, 8)
 
 
+def test_output_of_other_channels():
+    network = PixelUnshuffleUNet(2, 2, out_channels=1, **SETTINGS).eval()
+    assert network(torch.rand(3, 2, 8, 16), torch.tensor([3, 500, 7])).shape == (3, 1, 8, 16)
+
+
 def test_cells_are_channels_of_monais_network():
     torch.manual_seed(0)
     network = PixelUnshuffleUNet(1, 2, **SETTINGS).eval()
