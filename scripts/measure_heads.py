@@ -29,7 +29,7 @@ from scipy import ndimage
 
 from common.cohorts.headct_sprites import contaminate, save
 from common.cohorts.sprites import DrawSprite
-from common.cohorts.table import cohort_modalities, read_cohort
+from common.cohorts.table import read_cohort
 from common.detection.normalisation import robust_z, smoothed_inside
 from common.errors import one_line
 from common.metrics import DetectionMetrics
@@ -62,7 +62,7 @@ def main(
 ) -> None:
     """Print a line a variant and split, and write all figures as JSON."""
     raw = RawMaps(method, as_learned=False, folder=maps)
-    items = read_cohort(cohort, cohort_modalities(cohort))
+    items = read_cohort(cohort, raw.config["modalities"])
     found: dict[str, Subjects] = {}
     with tempfile.TemporaryDirectory() as folder:
         validation = [item for item in items if item["split"] == "val"]
