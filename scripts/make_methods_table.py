@@ -2,9 +2,11 @@
 
     python scripts/make_methods_table.py [--check]
 
-`sites` holds what `scripts/measure_sites.py` wrote of the bundles for brain T1, the other folders what `uad benchmark`
-wrote. A method that was not measured has a dash; one that was measured with other weights than are shipped now is
-refused. With --check nothing is written, and the exit code is 1 where the README or a card says something else.
+`sites` holds what `scripts/measure_sites.py` wrote of the bundles for brain T1, the folders of `COHORTS` what
+`uad benchmark` wrote, and `normalisation/heads` what `scripts/measure_heads.py` wrote: it says how much is marked of
+healthy slices where every test subject has a lesion. A method that was not measured has a dash; one that was measured
+with other weights than are shipped now is refused. With --check nothing is written, and the exit code is 1 where the
+README or a card says something else.
 """
 
 from __future__ import annotations
@@ -46,7 +48,13 @@ METRICS = {  # of the cards
     "max_dice_pooled": "best Dice (oracle)",
     "dice_at_threshold": "Dice at the healthy threshold",
     "image_auroc": "slice AUROC",
+    "voxel_recall_at_threshold": "lesion voxels above threshold",
     "healthy_fp_share": "healthy voxels above threshold",
+}
+OF_HEADS = {  # of the README
+    "auprc": "AUPRC",
+    "voxel_recall_at_threshold": "lesion voxels found",
+    "healthy_fp_share": "healthy head above the threshold",
 }
 
 
@@ -134,7 +142,17 @@ def read_benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
             found[cohort] = {m["key"]: m for m in methods if m["kind"] == "baseline" or not m["items"]}
             for method in found[cohort].values():
                 check_weights(method, path)
+                if method["healthy_fp_share"]["value"] is None and method["kind"] == "method":
+                    method["healthy_fp_share"] = healthy_slices(folder, method)
     return found
+
+
+def healthy_slices(folder: Path, method: dict[str, Any]) -> dict[str, Any]:
+    """The share of the healthy slices of test subjects with lesion that a bundle marks, as it is shipped."""
+    path = folder / "normalisation" / "heads" / f"{method['key']}.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    check_weights(method | {"weights_sha256": result["weights_sha256"]}, path)
+    return result["variants"][result["shipped"]]["test"]["healthy_fp_share"]
 
 
 def check_weights(method: dict[str, Any], path: Path) -> None:
@@ -146,27 +164,21 @@ def check_weights(method: dict[str, Any], path: Path) -> None:
 
 
 def table(benchmarks: dict[str, dict[str, Any]]) -> str:
-    """A row a bundle, and the best baseline of each cohort below."""
-    measured = {cohort: COHORTS[cohort] for cohort in COHORTS if cohort in benchmarks}
-    header = ["key", "method", "weights", "s a volume", *(f"AUPRC, {name}" for name in measured.values())]
+    """A row a bundle and cohort, of those that are not for brain T1."""
+    header = ["key", "method", "weights", "s a volume", "measured on", *OF_HEADS.values(), "best free baseline, AUPRC"]
     rows = []
     for key in available_bundles():
         about = describe_bundle(key)
         if about["modalities"] == ["T1"]:
             continue
-        results = [benchmarks[cohort].get(key) for cohort in measured]
-        seconds = next((r["run_time"]["seconds_per_volume"] for r in results if r), None)
-        rows.append(
-            [
-                f"`{key}`",
-                about["title"],
-                f"{about['weights_mb']} MB, {about['weights_license']}",
-                "-" if seconds is None else f"{seconds:.2g}",
-                *("-" if r is None else cell(r["auprc"]) for r in results),
-            ]
-        )
-    free = [best_baseline(benchmarks[cohort]) for cohort in measured]
-    rows.append(["", "best of the free baselines", "none", "-", *free])
+        first = [f"`{key}`", about["title"], f"{about['weights_mb']} MB, {about['weights_license']}"]
+        measured = {COHORTS[cohort]: results for cohort, results in benchmarks.items() if key in results}
+        for name, results in measured.items():
+            seconds = f"{results[key]['run_time']['seconds_per_volume']:.2g}"
+            figures = [cell(results[key][metric]) for metric in OF_HEADS]
+            rows.append([*first, seconds, name, *figures, best_baseline(results)])
+        if not measured:
+            rows.append([*first, *["-"] * (len(header) - len(first))])
     return lines_of(header, rows)
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import typer
 from measure_sites import RAW, SHARE, RawMaps, Volume
+from monai.bundle import ConfigParser
 from prepared import Cohort, Method, Output, figures
 from scipy import ndimage
 
@@ -79,12 +80,19 @@ def main(
         table[name] = {split: figures(result, rows[RAW][split]) for split, result in splits.items()}
         for split, row in table[name].items():
             print(name, split, *(f"{key} {cell(value)}" for key, value in row.items()), flush=True)
-    about: dict[str, Any] = {"key": method, "by": by, "sprites": sprites}
+    about: dict[str, Any] = {"key": method, "by": by, "sprites": sprites, "shipped": shipped(raw.config)}
     about["subjects"] = {
         split: {"healthy": len(healthy(of)), "with lesion": len(of) - len(healthy(of))} for split, of in found.items()
     }
     about |= {"weights_sha256": raw.weights_sha256, "seed": 0, "versions": versions()}
     write_result(about | {"variants": table}, output)
+
+
+def shipped(config: ConfigParser) -> str | None:
+    """The variant that a bundle's inference.json does, None where it is not among them."""
+    sigma = np.max(config.get("smoothing_vox", 0.0))
+    done = config.get("normalisation") is not None, float(sigma)
+    return next((name for name, variant in VARIANTS.items() if variant == done), None)
 
 
 def with_sprites(item: dict[str, Any], draw: int, folder: Path) -> dict[str, Any]:

@@ -147,6 +147,12 @@ def test_training_and_inference_share(name, configs):
     assert with_references(configs["train.json"], name) == with_references(configs["inference.json"], name)
 
 
+def test_map_is_normalised_as_it_is_calibrated(configs):
+    """The threshold is of the network's normalisation, which post-processing does."""
+    inference = configs["inference.json"]
+    assert inference["postprocessing"].get("normalisation") == inference["network_def"].get("normalisation")
+
+
 def test_papers_prepare_the_images_in_their_own_way(bundle):
     for path in (bundle / "configs").glob("paper*.json"):
         parser = ConfigParser()

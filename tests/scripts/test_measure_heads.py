@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 
 from common.cohorts.headct_sprites import save
 
@@ -71,6 +72,19 @@ def test_the_steps_change_what_they_say(script):
     assert np.median(np.abs(z[inside])) == pytest.approx(1, rel=1e-5)
     smooth = script.changed(subject, False, 1.5)
     assert smooth[inside].std() < raw[inside].std() and not smooth[~inside].any()
+
+
+@pytest.mark.parametrize(
+    ("config", "variant"),
+    [
+        ({}, "raw map"),
+        ({"smoothing_vox": [1.5, 1.5, 0]}, "4, 1.5 voxels"),
+        ({"normalisation": {"smoothing_vox": 0}}, "1"),
+        ({"smoothing_vox": 4.0}, None),
+    ],
+)
+def test_the_variant_that_a_bundle_does(script, config, variant):
+    assert script.shipped(ConfigParser(config)) == variant
 
 
 def test_a_validation_subject_is_measured_with_the_threshold_of_the_others(script):
