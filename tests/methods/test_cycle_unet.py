@@ -3,9 +3,11 @@
 import pytest
 import torch
 from arrays import golden, slices
+from monai.bundle import ConfigParser
 from monai.networks.nets import DiffusionModelUNet
 from torch import nn
 
+from common.bundle import BUNDLES_DIR
 from common.errors import ImageShapeError, SettingError
 from common.methods.cycle_unet import MMCCD, CycleUNet, CycleUNetObjective, MMCCDObjective, strips, to_image, to_network
 from common.networks.weight_standardised_unet import WeightStandardisedUNet
@@ -224,3 +226,15 @@ def test_what_is_in_a_strip_is_not_told():
 def test_bad_settings_are_refused(settings):
     with pytest.raises(SettingError, match="choose a"):
         MMCCD(Toy(same), Toy(same), **settings)
+
+
+def test_config_trains_what_it_detects_with():
+    configs = BUNDLES_DIR / "cycle_unet_glioma" / "configs"
+    for name in ("train.json", "inference.json"):
+        parser = ConfigParser()
+        parser.read_config([configs / name, configs / "mmccd.json"])
+        detector = parser.get_parsed_content("network_def").detector
+        assert isinstance(detector, MMCCD)
+        assert len(strips(torch.zeros(1, 1, 96, 96), detector.width, detector.stride)) == 16
+        if name == "train.json":
+            assert parser.get_parsed_content("objective").detector is detector
