@@ -123,6 +123,7 @@ class _ByTorch(nn.Module):
         super().__init__()
         self.network = network
         self.by_torch = network.forward
+        self.train(network.training)  # the exporter gives all modules back in the mode of this one
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.by_torch(*inputs)

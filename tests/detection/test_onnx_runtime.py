@@ -28,11 +28,12 @@ BY_TORCH_ALONE = ["ar_transformer_headct"]  # it reads token by token, by parts 
 
 
 class TwoInputs(nn.Module):
-    """Of images and times: two images."""
+    """Of images and times: two images. Batch norm tells the mode of evaluation from that of training."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 2, 1))
+        norms = nn.GroupNorm(2, 8), nn.BatchNorm2d(8)
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), *norms, nn.SiLU(), nn.Conv2d(8, 2, 1))
 
     def forward(self, x, t):
         y = self.layers(x) * (1 + t.view(-1, 1, 1, 1) / 10)
