@@ -51,11 +51,7 @@ METRICS = {  # of the cards
     "voxel_recall_at_threshold": "lesion voxels above threshold",
     "healthy_fp_share": "healthy voxels above threshold",
 }
-OF_HEADS = {  # of the README
-    "auprc": "AUPRC",
-    "voxel_recall_at_threshold": "lesion voxels found",
-    "healthy_fp_share": "healthy head above the threshold",
-}
+OF_README = ("auprc", "voxel_recall_at_threshold", "healthy_fp_share")  # those of the README
 
 
 def main(check: Annotated[bool, typer.Option("--check", help="Only compare.")] = False) -> None:
@@ -84,7 +80,7 @@ def read_sites(folder: Path) -> dict[str, dict[str, Any]]:
         if result["standardised"]:
             found[result["key"]] = result["variants"][result["shipped"]]
             if result["key"] in available_bundles():
-                check_weights(result | {"kind": "method", "bundle": result["key"]}, path)
+                check_weights(result["key"], result["weights_sha256"], path)
     return found
 
 
@@ -141,31 +137,31 @@ def read_benchmarks(folder: Path) -> dict[str, dict[str, Any]]:
             methods = json.loads(path.read_text(encoding="utf-8"))["methods"]
             found[cohort] = {m["key"]: m for m in methods if m["kind"] == "baseline" or not m["items"]}
             for method in found[cohort].values():
-                check_weights(method, path)
-                if method["healthy_fp_share"]["value"] is None and method["kind"] == "method":
-                    method["healthy_fp_share"] = healthy_slices(folder, method)
+                if method["kind"] == "method":
+                    check_weights(method["bundle"], method["weights_sha256"], path)
+                    if method["healthy_fp_share"]["value"] is None:
+                        method["healthy_fp_share"] = healthy_slices(folder, method["bundle"])
     return found
 
 
-def healthy_slices(folder: Path, method: dict[str, Any]) -> dict[str, Any]:
+def healthy_slices(folder: Path, key: str) -> dict[str, Any]:
     """The share of the healthy slices of test subjects with lesion that a bundle marks, as it is shipped."""
-    path = folder / "normalisation" / "heads" / f"{method['key']}.json"
+    path = folder / "normalisation" / "heads" / f"{key}.json"
     result = json.loads(path.read_text(encoding="utf-8"))
-    check_weights(method | {"weights_sha256": result["weights_sha256"]}, path)
+    check_weights(key, result["weights_sha256"], path)
     return result["variants"][result["shipped"]]["test"]["healthy_fp_share"]
 
 
-def check_weights(method: dict[str, Any], path: Path) -> None:
+def check_weights(key: str, weights_sha256: str, path: Path) -> None:
     """Raises BundleError for a result of weights that were replaced since."""
-    if method["kind"] == "method":
-        weights = BUNDLES_DIR / method["bundle"] / "models" / "model.pt"
-        if method["weights_sha256"] != sha256(weights):
-            raise BundleError(path, f"{method['key']} was measured with other weights", "run the benchmark again")
+    if weights_sha256 != sha256(BUNDLES_DIR / key / "models" / "model.pt"):
+        raise BundleError(path, f"{key} was measured with other weights", "run the benchmark again")
 
 
 def table(benchmarks: dict[str, dict[str, Any]]) -> str:
     """A row a bundle and cohort, of those that are not for brain T1."""
-    header = ["key", "method", "weights", "s a volume", "measured on", *OF_HEADS.values(), "best free baseline, AUPRC"]
+    metrics = [METRICS[name] for name in OF_README]
+    header = ["key", "method", "weights", "s a volume", "measured on", *metrics, "best free baseline, AUPRC"]
     rows = []
     for key in available_bundles():
         about = describe_bundle(key)
@@ -175,7 +171,7 @@ def table(benchmarks: dict[str, dict[str, Any]]) -> str:
         measured = {COHORTS[cohort]: results for cohort, results in benchmarks.items() if key in results}
         for name, results in measured.items():
             seconds = f"{results[key]['run_time']['seconds_per_volume']:.2g}"
-            figures = [cell(results[key][metric]) for metric in OF_HEADS]
+            figures = [cell(results[key][metric]) for metric in OF_README]
             rows.append([*first, seconds, name, *figures, best_baseline(results)])
         if not measured:
             rows.append([*first, *["-"] * (len(header) - len(first))])
