@@ -13,6 +13,7 @@ from monai.utils import convert_to_tensor, ensure_tuple, ensure_tuple_rep
 from torch import Tensor, nn
 
 from ..errors import BundleError, SettingError
+from ..networks.weight_standardised_unet import filters_kept
 from ..progress import inside
 from ..recorded import Recorded
 from .calibration import Calibration
@@ -94,14 +95,14 @@ class VolumeDetector(Recorded, nn.Module):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, H, W, D), prepared: foreground in (0, 1], background 0 -> (B, 1 + C, H, W, D): map, reconstruction."""
-        count = image.shape[self.axis + 2]
-        slices = image.movedim(self.axis + 2, 1).flatten(0, 1)
-        result = slices.new_zeros(len(slices), 1 + slices.shape[1], *slices.shape[2:])
+        count, slices = image.shape[self.axis + 2], self._slices(image)
+        result = image.new_zeros(len(slices), 1 + slices.shape[1], *slices.shape[2:])
         scores = torch.full((len(slices),), torch.nan, device=slices.device)
-        for batch in inside(self._batches(slices)):
-            result[batch], found = self._detect(slices[batch], batch % count)
-            if found is not None:
-                scores[batch] = found
+        with filters_kept(self.detector):
+            for batch in inside(self._batches(slices)):
+                result[batch], found = self._detect(slices[batch], batch % count)
+                if found is not None:
+                    scores[batch] = found
         self.slice_scores = None if scores.isnan().all() else scores.unflatten(0, (len(image), count))
         result = result.unflatten(0, (len(image), count)).movedim(1, self.axis + 2).contiguous()
         if any(ensure_tuple(self.smoothing_vox)):
@@ -116,14 +117,17 @@ class VolumeDetector(Recorded, nn.Module):
         """
         if not self.detector.has_separate_score:
             return None
-        count = image.shape[self.axis + 2]
-        slices = image.movedim(self.axis + 2, 1).flatten(0, 1)
+        count, slices = image.shape[self.axis + 2], self._slices(image)
         scores = torch.full((len(slices),), torch.nan, device=slices.device)
         for batch in inside(self._batches(slices), "slices scored"):
             views = self._views(slices[batch], batch % count)
             found = (self.detector.score(x, foreground_of(x), seeded_generators(seeds)) for x, seeds, _ in views)
             scores[batch] = _mean([score for score in found if score is not None])
         return None if scores.isnan().all() else scores.unflatten(0, (len(image), count))
+
+    def _slices(self, image: Tensor) -> Tensor:
+        """(B * D, C, H, W), D along `axis`; without meta data, which every operation on them would hand on."""
+        return convert_to_tensor(image.movedim(self.axis + 2, 1).flatten(0, 1), track_meta=False)
 
     def _batches(self, slices: Tensor) -> Sequence[Tensor]:
         """Indices of the slices that hold foreground."""
@@ -156,8 +160,8 @@ class VolumeDetector(Recorded, nn.Module):
 
 
 def _mean(scores: Sequence[Tensor]) -> Tensor:
-    """Of (B,) each, float32 where autocast made less of them, without the meta data of a `MetaTensor`."""
-    return torch.stack([convert_to_tensor(score, track_meta=False).float() for score in scores]).mean(dim=0)
+    """Of (B,) each, float32 where autocast made less of them."""
+    return torch.stack([score.float() for score in scores]).mean(dim=0)
 
 
 def volume_mean(slice_scores: Tensor | None) -> float | None:

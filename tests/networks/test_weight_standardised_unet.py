@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from common.networks.weight_standardised_unet import WeightStandardisedConv2d, WeightStandardisedUNet
+from common.networks.weight_standardised_unet import WeightStandardisedConv2d, WeightStandardisedUNet, filters_kept
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(4, 7_703_748), (1, 7_701_825)])
@@ -62,3 +62,23 @@ def test_batch_is_independent():
     torch.manual_seed(0)
     network, x = WeightStandardisedUNet(1, (4, 8), (2, 2)), torch.rand(3, 1, 8, 8)
     torch.testing.assert_close(network(x)[1:2], network(x[1:2]), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_filters_that_are_kept_change_nothing_and_are_let_go():
+    torch.manual_seed(0)
+    network, x = WeightStandardisedUNet(1, (4, 8), (2, 2)).eval(), torch.rand(2, 1, 8, 8)
+    before = network(x)
+    with pytest.raises(ZeroDivisionError), filters_kept(network):
+        assert network(x).equal(before)
+        raise ZeroDivisionError
+    for weight in network.parameters():
+        weight.normal_()
+    assert (network(x) - before).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_training_and_detection_compute_the_same():
+    torch.manual_seed(0)
+    network, x = WeightStandardisedUNet(1, (16, 32), (4, 4)), torch.rand(2, 1, 16, 16)
+    torch.testing.assert_close(network.train()(x), network.eval()(x), atol=1e-5, rtol=1e-5)
