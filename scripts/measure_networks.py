@@ -30,6 +30,7 @@ from common.detection.onnx_runtime import check_engine, describe_engine, use_eng
 from common.detection.volume import padded
 from common.devices import keep_freed_memory
 from common.errors import one_line
+from common.networks.weight_standardised_unet import filters_kept
 from common.results.case import versions
 from common.sharing.export import load_network
 from common.weights import weights_sha256
@@ -124,7 +125,11 @@ def states_of(detector: AnomalyDetector) -> dict[str, AnomalyDetector]:
 
 
 def _calls(detector: AnomalyDetector, slices: Tensor) -> Callable[[], Tensor]:
-    return lambda: detector.detect(slices, seeds=torch.arange(len(slices))).anomaly_map
+    def call() -> Tensor:
+        with filters_kept(detector):
+            return detector.detect(slices, seeds=torch.arange(len(slices))).anomaly_map
+
+    return call
 
 
 def large_convolution() -> Callable[[], Tensor]:

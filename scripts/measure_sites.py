@@ -37,7 +37,7 @@ from common.weights import load_into, weights_sha256
 from common.workflows.calibrate import threshold_of
 from common.workflows.evaluation import write_result
 
-SHARE = 0.01  # of the healthy brain that may exceed the threshold
+SHARE = 0.01  # of the healthy brain that may exceed the threshold, where `calibrate.json` says no other
 RESAMPLES = 300
 STEPS, RAW = "1, 2, 3, 4", "raw map"  # of the normalisation that is shipped, and without it
 OFF: dict[str, Any] = {"healthy_atlas": False, "contralateral_weight": 0.0, "smoothing_vox": 0.0}
@@ -75,11 +75,12 @@ def main(
         for volume in (*healthy, *(volume for _, volume in measured)):
             volume["map"] = above(volume["map"].float(), volume["brain"])
     variants = {RAW: None} if baseline else VARIANTS
-    rows = {name: measure(settings, healthy, measured) for name, settings in variants.items()}
+    rows = {name: measure(settings, healthy, measured, volumes.share) for name, settings in variants.items()}
     for name, sites in rows.items():
         for site, row in sites.items():
             print(name, site, *(f"{key} {cell(value)}" for key, value in row.items()))
     about = {"key": method, "standardised": not as_learned, "calibrated_on": len(healthy)}
+    about["false_positive_share"] = volumes.share
     about["shipped"] = RAW if baseline or "normalisation" not in volumes.config else STEPS
     about |= {"weights_sha256": None if baseline else volumes.weights_sha256, "seed": 0, "versions": versions()}
     write_result(about | {"variants": rows}, output)
@@ -94,6 +95,8 @@ class RawMaps:
         if as_learned:
             config["preprocessing::tissue_modes"] = None
         self.config, self.weights = config, bundle / "models" / "model.pt"
+        calibrate = ConfigParser.load_config_file(bundle / "configs" / "calibrate.json")
+        self.share = calibrate["task"].get("false_positive_share", SHARE)
         self.images = images
         name = "images" if images else method
         self.folder = None if folder is None else folder / (f"{name}-as-learned" if as_learned else name)
@@ -160,15 +163,15 @@ def subject_and_kind(item: dict[str, Any]) -> tuple[str, str]:
 
 
 def measure(
-    settings: dict[str, Any] | None, healthy: list[Volume], tested: list[tuple[dict[str, Any], Volume]]
+    settings: dict[str, Any] | None, healthy: list[Volume], tested: list[tuple[dict[str, Any], Volume]], share: float
 ) -> dict[str, Any]:
-    """The figures of a variant by site: `{"value", "ci95"}` each."""
+    """The figures of a variant by site: `{"value", "ci95"}` each; share: of the healthy brain, above the threshold."""
     normalisation = None if settings is None else WithinSubjectNormalisation(**settings)
     if normalisation is None:
         values = [volume["map"][volume["brain"]].float().numpy() for volume in healthy]
     else:
         values = normalisation.fit([normalisation.healthy_map(v["map"].float(), v["brain"]) for v in healthy])
-    threshold = threshold_of(values, SHARE)
+    threshold = threshold_of(values, share)
     of_site: dict[str, dict[str, DetectionMetrics]] = {}
     for item, volume in tested:
         anomaly_map = volume["map"].float()

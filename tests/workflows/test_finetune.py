@@ -18,7 +18,8 @@ def test_training_starts_from_the_weights_of_the_bundle(key):
     parser = ConfigParser()
     parser.read_config([root / "configs" / "train.json", root / "configs" / "finetune.json"])
     parser["bundle_root"], parser["device"] = str(root), torch.device("cpu")
-    parser["preprocessing::upper"] = 0.5  # as for another scanner
+    setting = "upper" if "Brain" in parser["preprocessing::_target_"] else "air"
+    parser[f"preprocessing::{setting}"] = 0.5  # as for another scanner
     parser.get_parsed_content("initialize")
     network = parser.get_parsed_content("network_def")
     load, train = parser["run"]
