@@ -40,7 +40,7 @@ def filters_kept(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         for convolution in convolutions:
-            convolution.kept = None
+            vars(convolution).pop("kept", None)  # as it was: what a module holds describes it
 
 
 def _block(in_channels: int, out_channels: int, groups: int) -> nn.Sequential:
