@@ -18,7 +18,7 @@ def test_training_starts_from_the_weights_of_the_bundle(key):
     parser = ConfigParser()
     parser.read_config([root / "configs" / "train.json", root / "configs" / "finetune.json"])
     parser["bundle_root"], parser["device"] = str(root), torch.device("cpu")
-    setting = "upper" if "Brain" in parser["preprocessing::_target_"] else "air"
+    setting = "air" if "air" in parser["preprocessing"] else "upper"
     parser[f"preprocessing::{setting}"] = 0.5  # as for another scanner
     parser.get_parsed_content("initialize")
     network = parser.get_parsed_content("network_def")
