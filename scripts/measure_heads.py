@@ -63,6 +63,9 @@ def main(
 ) -> None:
     """Print a line a variant and split, and write all figures as JSON."""
     raw = RawMaps(method, as_learned=False, folder=maps)
+    as_shipped = shipped(raw.config)
+    if "smoothing_vox" in raw.config:
+        raw.config["smoothing_vox"] = 0  # of the network; it is one of the variants here
     items = read_cohort(cohort, raw.config["modalities"])
     found: dict[str, Subjects] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +83,7 @@ def main(
         table[name] = {split: figures(result, rows[RAW][split]) for split, result in splits.items()}
         for split, row in table[name].items():
             print(name, split, *(f"{key} {cell(value)}" for key, value in row.items()), flush=True)
-    about: dict[str, Any] = {"key": method, "by": by, "sprites": sprites, "shipped": shipped(raw.config)}
+    about: dict[str, Any] = {"key": method, "by": by, "sprites": sprites, "shipped": as_shipped}
     about["subjects"] = {
         split: {"healthy": len(healthy(of)), "with lesion": len(of) - len(healthy(of))} for split, of in found.items()
     }
