@@ -40,8 +40,9 @@ from common.workflows.evaluation import write_result
 SHARE = 0.01  # of the healthy brain that may exceed the threshold, where `calibrate.json` says no other
 RESAMPLES = 300
 STEPS, RAW = "1, 2, 3, 4", "raw map"  # of the normalisation that is shipped, and without it
+UNSIGNED = "1, 2, 3, 4, no sign"  # where darker and brighter are shipped as two parts
 OFF: dict[str, Any] = {"healthy_atlas": False, "contralateral_weight": 0.0, "smoothing_vox": 0.0}
-VARIANTS: dict[str, dict[str, Any] | None] = {
+VARIANTS: dict[str, dict[str, Any] | None] = {  # what each has other than the bundle
     RAW: None,
     "1": OFF,
     "1, 2": OFF | {"healthy_atlas": True},
@@ -49,9 +50,10 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "1, 2, 4": {"contralateral_weight": 0.0},
     STEPS: {},
     "1, 2, 3, 4, w = 0.75": {"contralateral_weight": 0.75},
+    UNSIGNED: {"signed_smoothing_vox": 0.0},
 }
 
-Volume = dict[str, Tensor]  # map (1, H, W, D), brain and lesion (1, H, W, D) bool
+Volume = dict[str, Tensor]  # map (1, H, W, D), its change (C, H, W, D), brain and lesion (1, H, W, D) bool
 
 
 def main(
@@ -74,8 +76,15 @@ def main(
         above.fit([(volume["map"].float(), volume["brain"]) for volume in healthy])
         for volume in (*healthy, *(volume for _, volume in measured)):
             volume["map"] = above(volume["map"].float(), volume["brain"])
-    variants = {RAW: None} if baseline else VARIANTS
-    rows = {name: measure(settings, healthy, measured, volumes.share) for name, settings in variants.items()}
+    shipped = dict(volumes.config.get("normalisation") or {})
+    shipped.pop("_target_", None)
+    rows = {}
+    for name, other in VARIANTS.items():
+        is_signed = bool(shipped.get("signed_smoothing_vox"))
+        if (baseline and name != RAW) or (name == UNSIGNED and not is_signed):
+            continue
+        settings = None if other is None else shipped | other
+        rows[name] = measure(settings, healthy, measured, volumes.share)
     for name, sites in rows.items():
         for site, row in sites.items():
             print(name, site, *(f"{key} {cell(value)}" for key, value in row.items()))
@@ -124,8 +133,9 @@ class RawMaps:
         image = data["image"]
         brain = foreground_of(image.as_tensor()[None])[0]
         lesion = lesion_of(item, data, brain)
-        anomaly_map = image.as_tensor() if self.images else self.network(image.as_tensor()[None])[0, :1]
-        return {"map": anomaly_map.half(), "brain": brain, "lesion": lesion}
+        values = image.as_tensor()
+        found = torch.cat([values, values]) if self.images else self.network(values[None])[0]
+        return {"map": found[:1].half(), "change": (found[1:] - values).half(), "brain": brain, "lesion": lesion}
 
 
 def lesion_of(item: dict[str, Any], data: dict[str, Any], brain: Tensor) -> Tensor:
@@ -170,13 +180,13 @@ def measure(
     if normalisation is None:
         values = [volume["map"][volume["brain"]].float().numpy() for volume in healthy]
     else:
-        values = normalisation.fit([normalisation.healthy_map(v["map"].float(), v["brain"]) for v in healthy])
+        values = normalisation.fit([normalisation.healthy_map(*of_volume(volume)) for volume in healthy])
     threshold = threshold_of(values, share)
     of_site: dict[str, dict[str, DetectionMetrics]] = {}
     for item, volume in tested:
         anomaly_map = volume["map"].float()
         if normalisation is not None:
-            anomaly_map = normalisation(anomaly_map, volume["brain"])[0].clamp(min=0)
+            anomaly_map = normalisation(*of_volume(volume))[0].clamp(min=0)
         kind = subject_and_kind(item)[1]
         lesion = volume["lesion"][0] if kind else None
         groups = {"strokes" if kind.endswith("stroke") else kind, kind} if kind else {"strokes"}
@@ -184,6 +194,11 @@ def measure(
             metrics = of_site.setdefault(str(item.get("site", "")), {}).setdefault(group, DetectionMetrics())
             metrics.update(str(item["subject"]), anomaly_map[0], lesion, volume["brain"][0], threshold, voxel_ml=0.008)
     return {site: figures(groups) for site, groups in of_site.items()}
+
+
+def of_volume(volume: Volume) -> tuple[Tensor, Tensor, Tensor]:
+    """What a normalisation takes."""
+    return volume["map"].float(), volume["brain"], volume["change"].float()
 
 
 def figures(groups: dict[str, DetectionMetrics]) -> dict[str, Any]:

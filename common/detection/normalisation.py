@@ -27,6 +27,7 @@ MIRROR_SIGMA_VOX = 0.7
 MIN_COUNT = 0.05  # of a subject; where fewer healthy brains are, the atlas says nothing
 SCALE_QUANTILES = 101
 ATLAS_SUBJECTS = 12  # an atlas of fewer is noise: 16 give what 60 give
+TAIL = 0.01  # of the voxels of healthy brains: where it begins, the darker and the brighter part are made equal
 EPSILON = 1e-6  # the least scale, for a map that is constant in more than half of the brain
 
 
@@ -34,8 +35,9 @@ EPSILON = 1e-6  # the least scale, for a map that is constant in more than half 
 class HealthyMap:
     """The map of a healthy subject in robust units, with what it adds to the atlas.
 
-    z: (H, W, D) in units of its own scatter, 0 outside the brain; brain: (H, W, D) bool, where it belongs.
-    scale: the scatter in units of the map. total, count: (37, 46, 39), smoothed z and brain in the box of MNI152.
+    z: (P, H, W, D), its parts in units of its own scatter, 0 outside the brain; brain: (H, W, D) bool, where it
+    belongs. scale: the scatter in units of the map. total: (P, 37, 46, 39), smoothed z in the box of MNI152;
+    count: (37, 46, 39), the brain there.
     """
 
     z: np.ndarray
@@ -59,49 +61,72 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
     The median and the MAD stand as long as much less than half of a brain is abnormal. Step 3 weakens what is abnormal
     on both sides alike.
 
-    The atlas and the scales of the healthy subjects are buffers, 0 and NaN until `fit`.
+    With `signed_smoothing_vox`, what is darker and what is brighter than its reconstruction are two parts of the map.
+    Where the reconstruction of a healthy brain is blurred, both alternate from gyrus to sulcus, and a mean over some
+    voxels cancels them; a lesion is darker, or brighter, as a whole. In place of step 1:
+
+    1. z = max(s, 0) / MAD_b m of the darker part and max(-s, 0) / MAD_b m of the brighter one, where s is m, negative
+       where the image is brighter than its reconstruction, smoothed within the brain;
+
+    steps 2 to 4 are done of each with an atlas of its own, and the result is the larger of the two, the brighter part
+    times a factor with which the highest `TAIL` of the voxels of healthy brains begins at the same value in both.
+
+    The atlas, the factor and the scales of the healthy subjects are buffers, 0, 1 and NaN until `fit`.
 
     Args:
         healthy_atlas: whether step 2 is done; the atlas is 0 until it is fitted.
         contralateral_weight: w, 0 to 1; 0 leaves step 3 out.
         smoothing_vox: standard deviation of step 4, in voxels; 0 leaves it out.
+        signed_smoothing_vox: standard deviation of the smoothing of s, in voxels; 0 for one part, without a sign.
 
     Raises SettingError where a number is out of its range.
     """
 
     atlas: Tensor
+    brighter_factor: Tensor
     scale_quantiles: Tensor
 
     def __init__(
-        self, healthy_atlas: bool = True, contralateral_weight: float = 0.5, smoothing_vox: float = 1.5
+        self,
+        healthy_atlas: bool = True,
+        contralateral_weight: float = 0.5,
+        smoothing_vox: float = 1.5,
+        signed_smoothing_vox: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 0 <= contralateral_weight <= 1 or smoothing_vox < 0:
-            fact = f"contralateral_weight = {contralateral_weight}, smoothing_vox = {smoothing_vox}"
+        if not 0 <= contralateral_weight <= 1 or min(smoothing_vox, signed_smoothing_vox) < 0:
+            fact = f"contralateral_weight = {contralateral_weight}, smoothing_vox = {smoothing_vox}, "
+            fact += f"signed_smoothing_vox = {signed_smoothing_vox}"
             raise SettingError("WithinSubjectNormalisation", fact, "choose a weight from 0 to 1, a smoothing from 0")
         self.healthy_atlas = healthy_atlas
         self.contralateral_weight = contralateral_weight
         self.smoothing_vox = smoothing_vox
-        self.register_buffer("atlas", torch.zeros(ATLAS_SHAPE if healthy_atlas else 0))
+        self.signed_smoothing_vox = signed_smoothing_vox
+        shape = (2, *ATLAS_SHAPE) if signed_smoothing_vox else ATLAS_SHAPE
+        self.register_buffer("atlas", torch.zeros(shape if healthy_atlas else 0))
+        factor = torch.ones((), dtype=torch.float64)
+        self.register_buffer("brighter_factor", factor, persistent=bool(signed_smoothing_vox))
         self.register_buffer("scale_quantiles", torch.full((SCALE_QUANTILES,), torch.nan, dtype=torch.float64))
 
     @torch.no_grad()
-    def forward(self, anomaly_map: Tensor, brain: Tensor) -> tuple[Tensor, float]:
+    def forward(self, anomaly_map: Tensor, brain: Tensor, change: Tensor | None = None) -> tuple[Tensor, float]:
         """The normalised map, 0 outside the brain and below 0 where less than expected, and the scale (the MAD).
 
-        anomaly_map: (1, H, W, D) float, axis 1 from left to right; brain: (1, H, W, D) bool.
+        anomaly_map: (1, H, W, D) float, axis 1 from left to right; brain: (1, H, W, D) bool; change: (C, H, W, D), the
+        reconstruction less the image, of whose mean over the channels the sign is used; needed with
+        `signed_smoothing_vox`, ValueError where it is not given.
         """
         inside = brain[0].cpu().numpy()
-        z, scale = robust_z(anomaly_map[0].float().cpu().numpy(), inside)
-        result = self._compare(z, inside, self.atlas.float().cpu() if self.healthy_atlas else None)
+        parts, scale = self._parts(anomaly_map, inside, change)
+        result = self._joined(self._compare(parts, inside, self._fitted_atlas()))
         return torch.from_numpy(result)[None].to(anomaly_map.device), scale
 
-    def healthy_map(self, anomaly_map: Tensor, brain: Tensor) -> HealthyMap:
+    def healthy_map(self, anomaly_map: Tensor, brain: Tensor, change: Tensor | None = None) -> HealthyMap:
         """What `fit` needs of a healthy subject, on the CPU; shapes as for `forward`."""
         inside = brain[0].cpu().numpy()
-        z, scale = robust_z(anomaly_map[0].float().cpu().numpy(), inside)
-        total, count = (to_atlas(torch.from_numpy(x.astype(np.float32))[None], brain)[0] for x in (z, inside))
-        return HealthyMap(z, inside, scale, total, count)
+        parts, scale = self._parts(anomaly_map, inside, change)
+        total, count = (to_atlas(torch.from_numpy(x.astype(np.float32)), brain) for x in (parts, inside[None]))
+        return HealthyMap(parts, inside, scale, total, count[0])
 
     @property
     def is_fitted(self) -> bool:
@@ -113,11 +138,11 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         return self.healthy_atlas and self.is_fitted and subjects < ATLAS_SUBJECTS
 
     def fit(self, subjects: Sequence[HealthyMap]) -> list[np.ndarray]:
-        """Fit the atlas and the scales; return the normalised values (n,) of each subject's brain.
+        """Fit the atlas, the factor and the scales; return the normalised values (n,) of each subject's brain.
 
         Of each subject they are compared with the atlas of the others: against an atlas that has seen it a healthy
-        brain would look more healthy than the next patient's. An atlas that was fitted before is kept where there are
-        fewer than `ATLAS_SUBJECTS`, which say less about a place than they say about the scatter.
+        brain would look more healthy than the next patient's. An atlas that was fitted before is kept, and the factor
+        with it, where there are fewer than `ATLAS_SUBJECTS`, which say less about a place than about the scatter.
         """
         keep = self.keeps_atlas(len(subjects))
         total = torch.stack([subject.total for subject in subjects]).sum(dim=0, dtype=torch.float64)
@@ -125,27 +150,50 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         levels = torch.linspace(0, 1, SCALE_QUANTILES, dtype=torch.float64)
         scales = torch.tensor([subject.scale for subject in subjects], dtype=torch.float64)
         self.scale_quantiles.copy_(torch.quantile(scales, levels))
-        values = []
+        compared = []
         for subject in subjects:
-            others = None
-            if self.healthy_atlas:
-                others = self.atlas.float().cpu() if keep else mean_of(total - subject.total, count - subject.count)
-            values.append(self._compare(subject.z, subject.brain, others)[subject.brain])
+            others = self._fitted_atlas()
+            if self.healthy_atlas and not keep:
+                others = mean_of(total - subject.total, count - subject.count)
+            compared.append(self._compare(subject.z, subject.brain, others)[:, subject.brain])
         if self.healthy_atlas and not keep:
-            self.atlas.copy_(mean_of(total, count))
-        return values
+            self.atlas.copy_(mean_of(total, count).view_as(self.atlas))
+        if self.signed_smoothing_vox and not keep:
+            darker, brighter = np.quantile(np.concatenate(compared, axis=1), 1 - TAIL, axis=1)
+            self.brighter_factor.fill_(float(darker / max(brighter, EPSILON)))
+        return [self._joined(parts) for parts in compared]
 
-    def _compare(self, z: np.ndarray, brain: np.ndarray, atlas: Tensor | None) -> np.ndarray:
-        """Steps 2 to 4, (H, W, D)."""
+    def _fitted_atlas(self) -> Tensor | None:
+        """(P, 37, 46, 39), on the CPU."""
+        return self.atlas.float().cpu().view(-1, *ATLAS_SHAPE) if self.healthy_atlas else None
+
+    def _parts(self, anomaly_map: Tensor, inside: np.ndarray, change: Tensor | None) -> tuple[np.ndarray, float]:
+        """Step 1: the parts (P, H, W, D) float32 and the MAD."""
+        values = anomaly_map[0].float().cpu().numpy()
+        z, scale = robust_z(values, inside)
+        if not self.signed_smoothing_vox:
+            return z[None], scale
+        if change is None:
+            raise ValueError("give the change, for its sign")
+        signed = values * np.sign(change.mean(dim=0).float().cpu().numpy())
+        signed = smoothed_inside(signed, inside, self.signed_smoothing_vox) / np.float32(scale)
+        return np.stack([np.maximum(signed, 0), np.maximum(-signed, 0)]), scale
+
+    def _compare(self, parts: np.ndarray, brain: np.ndarray, atlas: Tensor | None) -> np.ndarray:
+        """Steps 2 to 4, (P, H, W, D) -> same."""
         if not brain.any():
-            return np.zeros_like(z)
-        result = z
+            return np.zeros_like(parts)
         if atlas is not None:
-            expected = from_atlas(atlas[None], torch.from_numpy(brain)[None])[0].numpy()
-            result = np.where(brain, z - expected, 0)
+            parts = np.where(brain, parts - from_atlas(atlas, torch.from_numpy(brain)[None]).numpy(), 0)
         if self.contralateral_weight > 0:
-            result = minus_mirrored(result, brain, self.contralateral_weight)
-        return smoothed_inside(result, brain, self.smoothing_vox) if self.smoothing_vox > 0 else result
+            parts = np.stack([minus_mirrored(part, brain, self.contralateral_weight) for part in parts])
+        if self.smoothing_vox > 0:
+            parts = np.stack([smoothed_inside(part, brain, self.smoothing_vox) for part in parts])
+        return parts
+
+    def _joined(self, parts: np.ndarray) -> np.ndarray:
+        """The result of the compared parts (P, ...)."""
+        return parts[0] if len(parts) == 1 else np.maximum(parts[0], parts[1] * np.float32(self.brighter_factor))
 
 
 def minus_mirrored(values: np.ndarray, brain: np.ndarray, weight: float) -> np.ndarray:

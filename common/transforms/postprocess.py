@@ -87,8 +87,9 @@ class NormaliseWithinSubjectd(MapTransform):
             load_part(self.normalisation, "normalisation", self.weights)
         result = dict(data)
         pred = result[self.keys[0]]
-        foreground = foreground_of(result[self.image_key].as_tensor()[None])[0]
-        normalised, result["map_scale"] = self.normalisation(pred.as_tensor()[:1], foreground)
+        image, values = result[self.image_key].as_tensor(), pred.as_tensor()
+        foreground = foreground_of(image[None])[0]
+        normalised, result["map_scale"] = self.normalisation(values[:1], foreground, values[1:] - image)
         result[self.keys[0]] = pred.clone()
         result[self.keys[0]].as_tensor()[:1] = normalised
         return result

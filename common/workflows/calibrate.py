@@ -125,7 +125,8 @@ class Calibrate:
             if self.network.normalisation is None:
                 self.values.append(anomaly_map[brain].float().cpu().numpy())
             else:
-                self.healthy.append(self.network.normalisation.healthy_map(anomaly_map, brain))
+                change = output["pred"][1:] - image
+                self.healthy.append(self.network.normalisation.healthy_map(anomaly_map, brain, change))
 
     def _check_new(self, batch: Mapping[str, Any]) -> None:
         """Copies of one image would make the interval narrower than it is."""

@@ -137,6 +137,50 @@ def test_one_side_alone_stands_out_and_both_do_not():
     assert without[0, 7:9, 13:17, 13:17].mean() > one[0, 7:9, 13:17, 13:17].mean() * 0.9
 
 
+def alternating(seed):
+    """A map of noise, its brain, and a change whose sign is another one in each voxel."""
+    anomaly_map, brain = a_map(seed)
+    parity = torch.arange(brain[0].numel()).view(brain.shape) % 2
+    return anomaly_map, brain, (parity * 2 - 1) * 0.1
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["darker", "brighter"])
+def test_what_is_darker_or_brighter_as_a_whole_stands_out_of_what_alternates(sign):
+    signed = WithinSubjectNormalisation(signed_smoothing_vox=2.0, contralateral_weight=0)
+    unsigned = WithinSubjectNormalisation(contralateral_weight=0)
+    healthy = [alternating(seed) for seed in range(4)]
+    anomaly_map, brain, change = alternating(5)
+    region = (0, slice(6, 13), slice(12, 19), slice(12, 19))
+    change[region] = 0.1 * sign
+    found = []
+    for normalise in (signed, unsigned):
+        normalise.fit([normalise.healthy_map(*subject) for subject in healthy])
+        result, _ = normalise(anomaly_map, brain, change)
+        found.append(float(result[region].mean() / np.quantile(normalise(*alternating(6))[0][brain], 0.99)))
+    assert found[0] > 2 > found[1]
+
+
+def test_darker_and_brighter_count_alike_in_healthy_brains():
+    def uneven(seed):
+        anomaly_map, brain, change = alternating(seed)
+        patches = torch.from_numpy(np.random.default_rng(seed).random(brain.shape) > 0.999)
+        bright = torch.nn.functional.max_pool3d(patches.float(), 5, 1, 2) > 0
+        return anomaly_map + 3 * bright * brain, brain, torch.where(bright, -0.1, change)
+
+    normalise = WithinSubjectNormalisation(signed_smoothing_vox=2.0, contralateral_weight=0)
+    normalise.fit([normalise.healthy_map(*uneven(seed)) for seed in range(4)])
+    assert 0 < normalise.brighter_factor < 0.7  # what is often bright is worth less
+
+
+def test_without_a_sign_the_change_is_not_looked_at_and_with_one_it_is_needed():
+    anomaly_map, brain, change = alternating(0)
+    plain = WithinSubjectNormalisation()
+    torch.testing.assert_close(plain(anomaly_map, brain, change), plain(anomaly_map, brain))
+    assert "brighter_factor" not in plain.state_dict()
+    with pytest.raises(ValueError, match="give the change"):
+        WithinSubjectNormalisation(signed_smoothing_vox=2.0)(anomaly_map, brain)
+
+
 @pytest.mark.parametrize("shape", [(1, 12, 12, 1), (1, 3, 3, 3), (1, 20, 20, 10)])
 def test_flat_empty_and_tiny_volumes(shape):
     for brain in (torch.zeros(shape, dtype=torch.bool), torch.ones(shape, dtype=torch.bool)):

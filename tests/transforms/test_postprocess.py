@@ -9,6 +9,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Invertd
+from monai.utils import convert_to_tensor
 
 from common.detection.calibration import Calibration
 from common.detection.normalisation import SCALE_QUANTILES, WithinSubjectNormalisation
@@ -202,25 +203,33 @@ def prediction(seed, gain=1.0):
     return MetaTensor(pred, affine=AFFINE), MetaTensor(image, affine=AFFINE)
 
 
-def fitted(predictions):
+def to_normalise(pred, image):
+    """What a normalisation takes."""
+    values, image = (convert_to_tensor(x, track_meta=False) for x in (pred, image))
+    return values[:1], image > 0, values[1:] - image.float()
+
+
+def fitted(predictions, **settings):
     """A normalisation that has seen these healthy subjects."""
-    normalisation = WithinSubjectNormalisation()
-    normalisation.fit([normalisation.healthy_map(pred.as_tensor()[:1], image > 0) for pred, image in predictions])
+    normalisation = WithinSubjectNormalisation(**settings)
+    normalisation.fit([normalisation.healthy_map(*to_normalise(pred, image)) for pred, image in predictions])
     return normalisation
 
 
-def test_map_is_normalised_with_the_atlas_in_the_weights(tmp_path):
-    normalisation = fitted(prediction(seed) for seed in range(3))
+@pytest.mark.parametrize("settings", [{}, {"signed_smoothing_vox": 2.0}], ids=["unsigned", "signed"])
+def test_map_is_normalised_with_what_the_weights_hold(tmp_path, settings):
+    normalisation = fitted((prediction(seed) for seed in range(3)), **settings)
     normalisation.atlas.copy_(normalisation.atlas.half())  # as files keep it
     path = write_weights(tmp_path / "model.pt", normalisation=normalisation)
     pred, image = prediction(5)
-    before, own = pred.clone(), WithinSubjectNormalisation()  # as in a config whose network is not loaded
+    before, own = pred.clone(), WithinSubjectNormalisation(**settings)  # as in a config whose network is not loaded
     result = NormaliseWithinSubjectd(own, path)({"pred": pred, "image": image})
-    expected, scale = normalisation(pred.as_tensor()[:1], (image > 0).as_tensor())
+    expected, scale = normalisation(*to_normalise(pred, image))
     assert torch.equal(result["pred"].as_tensor()[:1], expected)
     assert torch.equal(result["pred"].as_tensor()[1:], before.as_tensor()[1:])
     assert result["map_scale"] == scale
     assert torch.equal(own.atlas, normalisation.atlas)
+    assert own.brighter_factor == normalisation.brighter_factor
     assert normalisation.atlas.any()
     assert torch.equal(pred.as_tensor(), before.as_tensor())
     not_there = NormaliseWithinSubjectd(normalisation, tmp_path / "none.pt")  # of a network that is loaded

@@ -166,15 +166,20 @@ def test_maps_that_are_zero_give_no_threshold_and_nothing_is_written(weights, tm
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_threshold_is_that_of_the_normalised_map(weights):
+@pytest.mark.parametrize("signed", [0.0, 2.0])
+def test_threshold_is_that_of_the_normalised_map(weights, signed):
     subjects = [person(seed) for seed in range(4)]
-    path = weights(network(WithinSubjectNormalisation()))
-    stored = calibrate(network(WithinSubjectNormalisation()), path, subjects)
-    expected = WithinSubjectNormalisation()
-    maps = [expected.healthy_map(output["pred"].as_tensor()[:1], output["image"] > 0) for _, output in subjects]
+    path = weights(network(WithinSubjectNormalisation(signed_smoothing_vox=signed)))
+    stored = calibrate(network(WithinSubjectNormalisation(signed_smoothing_vox=signed)), path, subjects)
+    expected, maps = WithinSubjectNormalisation(signed_smoothing_vox=signed), []
+    for _, output in subjects:
+        values, image = output["pred"].as_tensor(), output["image"]
+        maps.append(expected.healthy_map(values[:1], image > 0, values[1:] - image))
     values = expected.fit(maps)
     assert stored["calibration.threshold"].item() == pytest.approx(threshold_of(values, 0.01))
-    assert stored["calibration.threshold"] != pytest.approx(threshold_of([m.z[m.brain] for m in maps], 0.01), rel=0.1)
+    assert stored["calibration.threshold"] != pytest.approx(
+        threshold_of([m.z[0, m.brain] for m in maps], 0.01), rel=0.1
+    )
     assert torch.equal(stored["normalisation.scale_quantiles"], expected.scale_quantiles)
     torch.testing.assert_close(stored["normalisation.atlas"].float(), expected.atlas, rtol=1e-2, atol=1e-3)
     assert stored["normalisation.atlas"].abs().max() > 0.5
