@@ -28,6 +28,7 @@ MIN_COUNT = 0.05  # of a subject; where fewer healthy brains are, the atlas says
 SCALE_QUANTILES = 101
 ATLAS_SUBJECTS = 12  # an atlas of fewer is noise: 16 give what 60 give
 TAIL = 0.01  # of the voxels of healthy brains: where it begins, the darker and the brighter part are made equal
+SIGNED_FROM = 1e-3  # change of an intensity in [0, 1] that has its full sign: rounding has hardly any
 EPSILON = 1e-6  # the least scale, for a map that is constant in more than half of the brain
 
 
@@ -66,7 +67,7 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
     voxels cancels them; a lesion is darker, or brighter, as a whole. In place of step 1:
 
     1. z = max(s, 0) / MAD_b m of the darker part and max(-s, 0) / MAD_b m of the brighter one, where s is m, negative
-       where the image is brighter than its reconstruction, smoothed within the brain;
+       where the image is brighter than its reconstruction and 0 where they are the same, smoothed within the brain;
 
     steps 2 to 4 are done of each with an atlas of its own, and the result is the larger of the two, the brighter part
     times a factor with which the highest `TAIL` of the voxels of healthy brains begins at the same value in both.
@@ -113,7 +114,7 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         """The normalised map, 0 outside the brain and below 0 where less than expected, and the scale (the MAD).
 
         anomaly_map: (1, H, W, D) float, axis 1 from left to right; brain: (1, H, W, D) bool; change: (C, H, W, D), the
-        reconstruction less the image, of whose mean over the channels the sign is used; needed with
+        reconstruction less the image, whose mean over the channels gives the sign; needed with
         `signed_smoothing_vox`, ValueError where it is not given.
         """
         inside = brain[0].cpu().numpy()
@@ -175,7 +176,7 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
             return z[None], scale
         if change is None:
             raise ValueError("give the change, for its sign")
-        signed = values * np.sign(change.mean(dim=0).float().cpu().numpy())
+        signed = values * (change.mean(dim=0).float() / SIGNED_FROM).clamp(-1, 1).cpu().numpy()
         signed = smoothed_inside(signed, inside, self.signed_smoothing_vox) / np.float32(scale)
         return np.stack([np.maximum(signed, 0), np.maximum(-signed, 0)]), scale
 

@@ -172,6 +172,14 @@ def test_darker_and_brighter_count_alike_in_healthy_brains():
     assert 0 < normalise.brighter_factor < 0.7  # what is often bright is worth less
 
 
+def test_rounding_has_no_sign():
+    anomaly_map, brain, change = alternating(0)
+    change[0, 15:] = 0  # as where a method hands the image back
+    normalise = WithinSubjectNormalisation(signed_smoothing_vox=2.0)
+    exact, rounded = (normalise(anomaly_map, brain, change + noise)[0] for noise in (0, -6e-8))
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.01 * float(exact.max()))
+
+
 def test_without_a_sign_the_change_is_not_looked_at_and_with_one_it_is_needed():
     anomaly_map, brain, change = alternating(0)
     plain = WithinSubjectNormalisation()
