@@ -89,7 +89,7 @@ class NormaliseWithinSubjectd(MapTransform):
         pred = result[self.keys[0]]
         image, values = result[self.image_key].as_tensor(), pred.as_tensor()
         foreground = foreground_of(image[None])[0]
-        normalised, result["map_scale"] = self.normalisation(values[:1], foreground, values[1:] - image)
+        normalised, result["map_scale"] = self.normalisation(values[:1], foreground, values[1:] - image.to(values))
         result[self.keys[0]] = pred.clone()
         result[self.keys[0]].as_tensor()[:1] = normalised
         return result

@@ -125,7 +125,7 @@ class Calibrate:
             if self.network.normalisation is None:
                 self.values.append(anomaly_map[brain].float().cpu().numpy())
             else:
-                change = output["pred"][1:] - image
+                change = output["pred"][1:] - image.to(output["pred"])
                 self.healthy.append(self.network.normalisation.healthy_map(anomaly_map, brain, change))
 
     def _check_new(self, batch: Mapping[str, Any]) -> None:
