@@ -113,8 +113,8 @@ def figures(
 ) -> dict[str, Any]:
     """Of one volume. `tissue_shift`: mean difference of the image beside the lesion from the one without a lesion."""
     image, network = data["image"].as_tensor(), prepared.network
-    raw = prepared.raw_map(f"abnormal-{share:g}", brain.subject, image)
-    anomaly_map, scale = network.normalisation(raw, brain.inside)
+    raw, change = prepared.raw_map(f"abnormal-{share:g}", brain.subject, image)
+    anomaly_map, scale = network.normalisation(raw, brain.inside, change)
     above = anomaly_map > float(network.calibration.threshold)
     rest = brain.inside & ~lesion
     signs = {"map_scale": scale, "contrast_order": data["contrast_order"], "vessel_share": data["vessel_share"]}

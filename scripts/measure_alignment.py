@@ -94,7 +94,8 @@ def case_of(prepared: PreparedBrains, item: dict[str, Any], masks_only: bool = F
     brain = prepared(item)
     image = prepared.standardise({"image": brain.image})["image"]
     inside = brain.inside[0].numpy()
-    z, _ = robust_z(prepared.raw_map("standardised", brain.subject, image)[0].numpy(), inside)
+    anomaly_map, _ = prepared.raw_map("standardised", brain.subject, image)
+    z, _ = robust_z(anomaly_map[0].numpy(), inside)
 
     def register() -> tuple[Tensor, float]:
         started = time.process_time()

@@ -46,7 +46,7 @@ def measured(prepared: PreparedBrains, item: dict[str, Any]) -> dict[str, Any]:
     """What is known of an image: its signs, None where one could not be measured, and the modes of its tissues."""
     brain = prepared(item)
     data = prepared.standardise({"image": brain.image})
-    anomaly_map = prepared.raw_map("standardised", brain.subject, data["image"].as_tensor())
+    anomaly_map, _ = prepared.raw_map("standardised", brain.subject, data["image"].as_tensor())
     _, scale = robust_z(anomaly_map[0].numpy(), brain.inside[0].numpy())
     signs = {"map_scale": scale} | {name: finite(data[name]) for name in SIGNS}
     modes = [finite(mode) for mode in data["tissue_modes"]]

@@ -133,15 +133,17 @@ def measure(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of a way: by site the modes of healthy test brains and the seconds; by kind of map and site the results."""
     images = {brain.subject: changed(way, brain) for brain in (*healthy, *tested)}
-    maps = {b.subject: prepared.raw_map(name, b.subject, images[b.subject][0]) for b in (*healthy, *tested)}
+    found = {b.subject: prepared.raw_map(name, b.subject, images[b.subject][0]) for b in (*healthy, *tested)}
+    maps = {subject: anomaly_map for subject, (anomaly_map, _) in found.items()}
     shipped = prepared.network.normalisation
     normalised = type(shipped)(**shipped.settings)
-    fitted = [normalised.healthy_map(maps[brain.subject], brain.inside) for brain in healthy]
+    given = {b.subject: (maps[b.subject], b.inside, found[b.subject][1]) for b in (*healthy, *tested)}
+    fitted = [normalised.healthy_map(*given[brain.subject]) for brain in healthy]
     thresholds = {NORMALISED: threshold_of(normalised.fit(fitted), SHARE)}
     thresholds[RAW] = threshold_of([maps[b.subject][b.inside].numpy() for b in healthy], SHARE)
     results = {
         RAW: evaluated(((b, maps[b.subject]) for b in tested), thresholds[RAW]),
-        NORMALISED: evaluated(((b, normalised(maps[b.subject], b.inside)[0]) for b in tested), thresholds[NORMALISED]),
+        NORMALISED: evaluated(((b, normalised(*given[b.subject])[0]) for b in tested), thresholds[NORMALISED]),
     }
     of_images: dict[str, Any] = {}
     for site in sorted({brain.site for brain in tested}):

@@ -96,13 +96,15 @@ class PreparedBrains:
         lesion = lesion_of(item, data, image.as_tensor() > 0)
         return {"image": image.as_tensor(), "affine": image.affine, "lesion": lesion}
 
-    def raw_map(self, variant: str, subject: str, image: Tensor) -> Tensor:
-        """The map (1, H, W, D) float of an image (1, H, W, D), before the normalisation."""
+    def raw_map(self, variant: str, subject: str, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The map (1, H, W, D) float of an image (1, H, W, D), before the normalisation, and its change, as large."""
 
         def detect() -> Tensor:
-            return cast(Tensor, self.network(torch.as_tensor(image)[None])[0, :1].half())
+            found = self.network(torch.as_tensor(image)[None])[0]
+            return torch.cat([found[:1], found[1:] - torch.as_tensor(image)]).half()
 
-        return cast(Tensor, self.kept(f"{self.method}-{variant}", subject, detect)).float()
+        kept = cast(Tensor, self.kept(f"{self.method}-{variant}", subject, detect)).float()
+        return kept[:1], kept[1:]
 
     def kept(self, group: str, subject: str, make: Callable[[], Any]) -> Any:
         """Tensors of a subject from the folder; where they are not there, made and put there."""
