@@ -250,16 +250,17 @@ def test_bundles_are_chosen_by_the_columns(cohort, tmp_path):
 
 
 def test_a_variant_of_a_bundle_has_a_row_of_its_own(measured, cohort):
-    smooth = f"{METHOD}:network_def::smoothing_vox=2,network_def::mirror=true"
+    method = "ae"  # with its sign the map of `METHOD` is 0 on brains as small as these
+    smooth = f"{method}:network_def::smoothing_vox=2,network_def::mirror=true"
     done = CliRunner().invoke(
-        app, ["benchmark", str(cohort), "-o", str(measured), "-m", METHOD, "-m", smooth, "--seed", "3"]
+        app, ["benchmark", str(cohort), "-o", str(measured), "-m", method, "-m", smooth, "--seed", "3"]
     )
     assert done.exit_code == 0, done.output
-    methods = {method["key"]: method for method in read(measured / "benchmark.json")["methods"]}
-    key = f"{METHOD}_network_def_smoothing_vox=2_network_def_mirror=true"
-    assert {METHOD, key} <= set(methods)
+    methods = {found["key"]: found for found in read(measured / "benchmark.json")["methods"]}
+    key = f"{method}_network_def_smoothing_vox=2_network_def_mirror=true"
+    assert {method, key} <= set(methods)
     assert methods[key]["items"] == ["network_def::smoothing_vox=2", "network_def::mirror=true"]
-    assert methods[key]["auprc"]["value"] != methods[METHOD]["auprc"]["value"]
+    assert methods[key]["auprc"]["value"] != methods[method]["auprc"]["value"]
     assert (measured / key / "result.json").is_file()
 
 
