@@ -78,11 +78,11 @@ def main(
             volume["map"] = above(volume["map"].float(), volume["brain"])
     shipped = dict(volumes.config.get("normalisation") or {})
     shipped.pop("_target_", None)
+    is_signed = bool(shipped.get("signed_smoothing_vox"))
+    names = [RAW] if baseline else [name for name in VARIANTS if is_signed or name != UNSIGNED]
     rows = {}
-    for name, other in VARIANTS.items():
-        is_signed = bool(shipped.get("signed_smoothing_vox"))
-        if (baseline and name != RAW) or (name == UNSIGNED and not is_signed):
-            continue
+    for name in names:
+        other = VARIANTS[name]
         settings = None if other is None else shipped | other
         rows[name] = measure(settings, healthy, measured, volumes.share)
     for name, sites in rows.items():

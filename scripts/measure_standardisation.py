@@ -133,11 +133,12 @@ def measure(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of a way: by site the modes of healthy test brains and the seconds; by kind of map and site the results."""
     images = {brain.subject: changed(way, brain) for brain in (*healthy, *tested)}
-    found = {b.subject: prepared.raw_map(name, b.subject, images[b.subject][0]) for b in (*healthy, *tested)}
-    maps = {subject: anomaly_map for subject, (anomaly_map, _) in found.items()}
+    maps, given = {}, {}
+    for brain in (*healthy, *tested):
+        maps[brain.subject], change = prepared.raw_map(name, brain.subject, images[brain.subject][0])
+        given[brain.subject] = maps[brain.subject], brain.inside, change
     shipped = prepared.network.normalisation
     normalised = type(shipped)(**shipped.settings)
-    given = {b.subject: (maps[b.subject], b.inside, found[b.subject][1]) for b in (*healthy, *tested)}
     fitted = [normalised.healthy_map(*given[brain.subject]) for brain in healthy]
     thresholds = {NORMALISED: threshold_of(normalised.fit(fitted), SHARE)}
     thresholds[RAW] = threshold_of([maps[b.subject][b.inside].numpy() for b in healthy], SHARE)
