@@ -5,14 +5,14 @@
 COHORT has the columns site, split, T1 and lesion, and subjects that are named like `SUBJECT-KIND` where a lesion was
 put in. The healthy subjects of the split `val` give the threshold (and the atlas) of each variant, those of `test` are
 measured: the share of a healthy brain above the threshold, the recall of lesion voxels, AUPRC by kind of lesion, all on
-the network's grid. `--as-learned` leaves the standardisation of tissues out. `--maps` keeps the raw maps, so that a
-stopped run goes on; each is a file of tensors. In place of a bundle KEY may be a free baseline,
+the network's grid; of what is shipped also by how much its AUPRC of strokes exceeds those of the free baselines on the
+same volumes, in the same resamples. `--as-learned` leaves the standardisation of tissues out. `--maps` keeps the raw
+maps, so that a stopped run goes on; each is a file of tensors. In place of a bundle KEY may be a free baseline,
 `darkness_minus_atlas`, `brightness_minus_atlas` or `mirrored_minus_atlas`, on the images that `dae` would see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,7 @@ from common.detection.normalisation import WithinSubjectNormalisation
 from common.errors import one_line
 from common.metrics import DetectionMetrics
 from common.metrics.baselines import QUANTITIES, AboveHealthyAtlas
+from common.metrics.bootstrap import paired_difference
 from common.report.benchmark_table import cell
 from common.results.case import versions
 from common.transforms.load import load_lesion
@@ -37,6 +38,7 @@ from common.weights import load_into, weights_sha256
 from common.workflows.calibrate import threshold_of
 from common.workflows.evaluation import write_result
 
+BASELINES = ("darkness_minus_atlas", "mirrored_minus_atlas")  # of the tables
 SHARE = 0.01  # of the healthy brain that may exceed the threshold, where `calibrate.json` says no other
 RESAMPLES = 300
 STEPS, RAW = "1, 2, 3, 4", "raw map"  # of the normalisation that is shipped, and without it
@@ -53,6 +55,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {  # what each has other than the b
     UNSIGNED: {"signed_smoothing_vox": 0.0},
 }
 
+Item = dict[str, Any]  # of the cohort
+Results = dict[str, dict[str, dict[str, Any]]]  # by site and group of lesions, what `DetectionMetrics` says
 Volume = dict[str, Tensor]  # map (1, H, W, D), its change (C, H, W, D), brain and lesion (1, H, W, D) bool
 
 
@@ -65,34 +69,59 @@ def main(
     first: Annotated[int | None, typer.Option(help="Only so many test subjects of each site.")] = None,
 ) -> None:
     """Print a line a variant and site, and write all figures as JSON."""
-    baseline = method in QUANTITIES
-    volumes = RawMaps("dae" if baseline else method, as_learned, maps, images=baseline)
     items = read_cohort(cohort, ["T1"])
-    healthy = [volumes(item) for item in items if item["split"] == "val" and "lesion" not in item]
+    healthy = [item for item in items if item["split"] == "val" and "lesion" not in item]
     tested = first_subjects([item for item in items if item["split"] == "test"], first)
-    measured = [(item, volumes(item)) for item in tested]
-    if baseline:
-        above = AboveHealthyAtlas(QUANTITIES[method])
-        above.fit([(volume["map"].float(), volume["brain"]) for volume in healthy])
-        for volume in (*healthy, *(volume for _, volume in measured)):
-            volume["map"] = above(volume["map"].float(), volume["brain"])
-    shipped = dict(volumes.config.get("normalisation") or {})
-    shipped.pop("_target_", None)
-    is_signed = bool(shipped.get("signed_smoothing_vox"))
-    names = [RAW] if baseline else [name for name in VARIANTS if is_signed or name != UNSIGNED]
-    rows = {}
-    for name in names:
-        other = VARIANTS[name]
-        settings = None if other is None else shipped | other
-        rows[name] = measure(settings, healthy, measured, volumes.share)
+    about: dict[str, Any] = {"key": method, "standardised": not as_learned, "calibrated_on": len(healthy)}
+    about["tested"] = subjects_by_site(tested)
+    images = RawMaps("dae", as_learned, maps, images=True)
+    free = {key: of_baseline(key, images, healthy, tested) for key in ([method] if method in QUANTITIES else BASELINES)}
+    if method in QUANTITIES:
+        results, shipped = {RAW: free[method]}, RAW
+        about |= {"false_positive_share": SHARE, "weights_sha256": None}
+    else:
+        volumes = RawMaps(method, as_learned, maps)
+        results = of_bundle(volumes, healthy, tested)
+        shipped = STEPS if "normalisation" in volumes.config else RAW
+        about |= {"false_positive_share": volumes.share, "weights_sha256": volumes.weights_sha256}
+    rows = {name: {site: figures(groups) for site, groups in sites.items()} for name, sites in results.items()}
     for name, sites in rows.items():
         for site, row in sites.items():
             print(name, site, *(f"{key} {cell(value)}" for key, value in row.items()))
-    about = {"key": method, "standardised": not as_learned, "calibrated_on": len(healthy)}
-    about["false_positive_share"] = volumes.share
-    about["shipped"] = RAW if baseline or "normalisation" not in volumes.config else STEPS
-    about |= {"weights_sha256": None if baseline else volumes.weights_sha256, "seed": 0, "versions": versions()}
+    for site, groups in results[shipped].items():
+        for key in free.keys() - {method}:
+            difference = paired_difference(groups["strokes"], free[key][site]["strokes"], "auprc")
+            rows[shipped][site][f"auprc_strokes_minus_{key}"] = difference
+            print(site, "minus", key, cell(difference))
+    about |= {"shipped": shipped, "seed": 0, "versions": versions()}
     write_result(about | {"variants": rows}, output)
+
+
+def of_bundle(volumes: RawMaps, healthy: list[Item], tested: list[Item]) -> dict[str, Results]:
+    """The results of each variant."""
+    shipped = dict(volumes.config.get("normalisation") or {})
+    shipped.pop("_target_", None)
+    is_signed = bool(shipped.get("signed_smoothing_vox"))
+    references, measured = [volumes(item) for item in healthy], [(item, volumes(item)) for item in tested]
+    results = {}
+    for name, other in VARIANTS.items():
+        if is_signed or name != UNSIGNED:
+            settings = None if other is None else shipped | other
+            results[name] = measure(settings, references, measured, volumes.share)
+    return results
+
+
+def of_baseline(key: str, images: RawMaps, healthy: list[Item], tested: list[Item]) -> Results:
+    """The results of a free baseline, whose atlas and threshold are of the same healthy subjects."""
+    references = [images(item) for item in healthy]
+    above = AboveHealthyAtlas(QUANTITIES[key])
+    above.fit([(volume["map"].float(), volume["brain"]) for volume in references])
+
+    def mapped(volume: Volume) -> Volume:
+        return volume | {"map": above(volume["map"].float(), volume["brain"])}
+
+    measured = [(item, mapped(images(item))) for item in tested]
+    return measure(None, [mapped(volume) for volume in references], measured, SHARE)
 
 
 class RawMaps:
@@ -112,7 +141,7 @@ class RawMaps:
         self.weights_sha256 = weights_sha256(self.weights)
         self.network: Any = None
 
-    def __call__(self, item: dict[str, Any]) -> Volume:
+    def __call__(self, item: Item) -> Volume:
         """Of an item of the cohort."""
         path = None if self.folder is None else self.folder / f"{item['subject']}.pt"
         if path is not None and path.is_file():
@@ -124,7 +153,7 @@ class RawMaps:
         return volume
 
     @torch.no_grad()
-    def _detect(self, item: dict[str, Any]) -> Volume:
+    def _detect(self, item: Item) -> Volume:
         if self.network is None and not self.images:
             self.network = self.config.get_parsed_content("network_def")
             load_into(self.network, self.weights)
@@ -138,7 +167,7 @@ class RawMaps:
         return {"map": found[:1].half(), "change": (found[1:] - values).half(), "brain": brain, "lesion": lesion}
 
 
-def lesion_of(item: dict[str, Any], data: dict[str, Any], brain: Tensor) -> Tensor:
+def lesion_of(item: Item, data: dict[str, Any], brain: Tensor) -> Tensor:
     """The lesion of an item on the grid of its prepared image, within the brain (1, H, W, D) bool; none if healthy."""
     if "lesion" not in item:
         return torch.zeros_like(brain)
@@ -152,19 +181,24 @@ def on_grid(mask: MetaTensor, image: MetaTensor) -> Tensor:
     return torch.as_tensor(moved.as_tensor()) >= 0.5
 
 
-def first_subjects(items: list[dict[str, Any]], count: int | None) -> Iterator[dict[str, Any]]:
-    """The items of the first subjects of each site, healthy and with each kind of lesion."""
-    seen: dict[str, list[str]] = {}
+def first_subjects(items: list[Item], count: int | None) -> list[Item]:
+    """The items of the first subjects of each site, healthy and with each kind of lesion; all for None."""
+    first = {site: subjects[:count] for site, subjects in subjects_by_site(items).items()}
+    return [item for item in items if subject_and_kind(item)[0] in first[str(item.get("site", ""))]]
+
+
+def subjects_by_site(items: list[Item]) -> dict[str, list[str]]:
+    """`{"ixi": ["IXI048", ...]}`, in the order of the cohort."""
+    found: dict[str, list[str]] = {}
     for item in items:
-        subjects = seen.setdefault(str(item.get("site", "")), [])
+        subjects = found.setdefault(str(item.get("site", "")), [])
         subject, _ = subject_and_kind(item)
         if subject not in subjects:
             subjects.append(subject)
-        if count is None or subjects.index(subject) < count:
-            yield item
+    return found
 
 
-def subject_and_kind(item: dict[str, Any]) -> tuple[str, str]:
+def subject_and_kind(item: Item) -> tuple[str, str]:
     """`IXI048`, `acute_stroke` of the subject `IXI048-acute_stroke`; a healthy one has no kind."""
     if "lesion" not in item:
         return str(item["subject"]), ""
@@ -173,9 +207,9 @@ def subject_and_kind(item: dict[str, Any]) -> tuple[str, str]:
 
 
 def measure(
-    settings: dict[str, Any] | None, healthy: list[Volume], tested: list[tuple[dict[str, Any], Volume]], share: float
-) -> dict[str, Any]:
-    """The figures of a variant by site: `{"value", "ci95"}` each; share: of the healthy brain, above the threshold."""
+    settings: dict[str, Any] | None, healthy: list[Volume], tested: list[tuple[Item, Volume]], share: float
+) -> Results:
+    """The results of a variant of the normalisation; share: of the healthy brain, above the threshold."""
     normalisation = None if settings is None else WithinSubjectNormalisation(**settings)
     if normalisation is None:
         values = [volume["map"][volume["brain"]].float().numpy() for volume in healthy]
@@ -193,7 +227,10 @@ def measure(
         for group in groups:
             metrics = of_site.setdefault(str(item.get("site", "")), {}).setdefault(group, DetectionMetrics())
             metrics.update(str(item["subject"]), anomaly_map[0], lesion, volume["brain"][0], threshold, voxel_ml=0.008)
-    return {site: figures(groups) for site, groups in of_site.items()}
+    return {
+        site: {group: metrics.compute(n_bootstrap=RESAMPLES) for group, metrics in groups.items()}
+        for site, groups in of_site.items()
+    }
 
 
 def of_volume(volume: Volume) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,11 +238,10 @@ def of_volume(volume: Volume) -> tuple[Tensor, Tensor, Tensor]:
     return volume["map"].float(), volume["brain"], volume["change"].float()
 
 
-def figures(groups: dict[str, DetectionMetrics]) -> dict[str, Any]:
+def figures(groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """AUPRC and recall by kind of lesion; the healthy, and whole volumes, from the group of the strokes."""
     row: dict[str, Any] = {}
-    for group, metrics in groups.items():
-        result = metrics.compute(n_bootstrap=RESAMPLES)
+    for group, result in groups.items():
         if group == "strokes":
             row["healthy_share"], row["healthy_worst_share"] = result["healthy_fp_share"], result["healthy_worst_share"]
             row["volume_auroc_cluster"] = result["volume_auroc_cluster"]
