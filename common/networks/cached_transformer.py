@@ -11,13 +11,14 @@ from torch import Tensor
 
 
 def lean_transformer(num_tokens: int, max_seq_len: int, dim: int, depth: int, heads: int) -> DecoderOnlyTransformer:
-    """MONAI's transformer whose causal masks, L x L for each block, are not part of the state dict."""
+    """MONAI's transformer with flash attention, whose causal masks, L x L a block, are not part of the state dict."""
     transformer = DecoderOnlyTransformer(
         num_tokens=num_tokens,
         max_seq_len=max_seq_len,
         attn_layers_dim=dim,
         attn_layers_depth=depth,
         attn_layers_heads=heads,
+        use_flash_attention=True,
     )
     blocks: Any = transformer.blocks
     causal_mask = blocks[0].attn.causal_mask
@@ -39,9 +40,10 @@ class TokenReader:
 
     def __init__(self, transformer: DecoderOnlyTransformer) -> None:
         self.transformer: Any = transformer
-        self.keys_values: list[tuple[Tensor, Tensor]] = []
+        self.keys_values: list[tuple[Tensor, Tensor]] = []  # of each block, (B, heads, longest sequence, d)
         self.length = 0
 
+    @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
         """The next tokens (B, n) int64 -> logits (B, n, V) of the token after each.
 
@@ -52,21 +54,22 @@ class TokenReader:
             raise ValueError(f"a sequence of {end} tokens is longer than {self.transformer.max_seq_len}")
         positions = self.transformer.position_embeddings.embedding.weight[start:end]
         x = self.transformer.token_embeddings(tokens) + positions
-        kept = []
         for index, block in enumerate(self.transformer.blocks):
-            attended, keys_values = self._attend(block, x, index)
-            kept.append(keys_values)
-            x = x + attended
+            x = x + self._attend(block, x, index)
             x = x + block.mlp(block.norm2(x))
-        self.keys_values, self.length = kept, end
+        self.length = end
         return self.transformer.to_logits(x)
 
-    def _attend(self, block: Any, x: Tensor, index: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _attend(self, block: Any, x: Tensor, index: int) -> Tensor:
         attention, x = block.attn, block.norm1(x)
         q, k, v = (attention.input_rearrange(f(x)) for f in (attention.to_q, attention.to_k, attention.to_v))
-        if self.keys_values:
-            k, v = (torch.cat([old, new], dim=2) for old, new in zip(self.keys_values[index], (k, v), strict=True))
-        end, n = k.shape[2], q.shape[2]
+        n, end = q.shape[2], self.length + q.shape[2]
+        if index == len(self.keys_values):
+            size = (*k.shape[:2], self.transformer.max_seq_len, k.shape[3])
+            self.keys_values.append((k.new_empty(size), v.new_empty(size)))
+        for kept, new in zip(self.keys_values[index], (k, v), strict=True):
+            kept[:, :, self.length : end] = new
+        k, v = (kept[:, :, :end] for kept in self.keys_values[index])
         seen = None if n == 1 else attention.causal_mask[:, :, end - n : end, :end] > 0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=attention.scale)
-        return attention.out_proj(attention.out_rearrange(attended)), (k, v)
+        return attention.out_proj(attention.out_rearrange(attended))
