@@ -62,6 +62,7 @@ TOLERANCE = 1e-4  # of the highest value of the map
 # voxels this share may differ by more than the tolerance
 DECIDING_SHARE = 0.02
 DECIDING = (
+    "ar_transformer",
     "ar_transformer_headct",
     "auto_ddpm",
     "berdiff",

@@ -28,12 +28,16 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = "<!-- methods: scripts/make_methods_table.py -->", "<!-- methods end -->"
 PERFORMANCE = "<!-- performance: scripts/make_methods_table.py -->", "<!-- performance end -->"  # of cards that have it
 SITES = {"novosibirsk": "another scanner", "ixi": "home"}  # of brain T1, in the order of the tables
+UNKNOWN: dict[str, Any] = {"value": None, "ci95": [None, None]}
+FREE = """Minus the better free baseline: on the same volumes. It needs no network: darkness, or what is darker than the
+mirrored place, each minus its healthy atlas."""
 BASELINES = ("darkness_minus_atlas", "mirrored_minus_atlas")
 OF_A_SITE = {  # of the cards
     "healthy_share": "healthy brain above the threshold",
     "healthy_worst_share": "the worst brain",
     "recall_strokes": "stroke voxels found",
     "auprc_strokes": "AUPRC, strokes",
+    "minus_baseline": "minus that of the better free baseline",
     "auprc_chronic_stroke": "chronic",
     "auprc_acute_stroke": "acute",
     "auprc_atlas": "MS shapes",
@@ -73,21 +77,32 @@ def main(check: Annotated[bool, typer.Option("--check", help="Only compare.")] =
 
 
 def read_sites(folder: Path) -> dict[str, dict[str, Any]]:
-    """By bundle or baseline, the figures of each site as it is shipped."""
+    """By bundle or baseline, the figures of each site as it is shipped, and of how many subjects.
+
+    `minus_baseline`: the AUPRC of strokes minus that of the baseline that is better there, on the same volumes.
+    """
     found = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         if result["standardised"]:
             found[result["key"]] = result["variants"][result["shipped"]]
+            for site, subjects in result["tested"].items():
+                found[result["key"]][site]["subjects"] = len(subjects)
             if result["key"] in available_bundles():
                 check_weights(result["key"], result["weights_sha256"], path)
+    for site in SITES:
+        better = max(BASELINES, key=lambda key: found[key][site]["auprc_strokes"]["value"])
+        for row in (sites[site] for sites in found.values()):
+            row["minus_baseline"] = row.get(f"auprc_strokes_minus_{better}", UNKNOWN)
     return found
 
 
 def sites_table(sites: dict[str, dict[str, Any]]) -> str:
     """A row a bundle for brain T1, and the free baselines below; another scanner first."""
     names = ("healthy brain above the threshold (worst)", "stroke voxels found", "AUPRC, strokes")
-    header = ["key", "method", "weights", *(f"{site}: {name}" for site in SITES.values() for name in names)]
+    names = (*names, "minus that of the better baseline")
+    header = ["key", "method", "weights", f"subjects ({', '.join(SITES.values())})"]
+    header += [f"{site}: {name}" for site in SITES.values() for name in names]
     rows = []
     for key in available_bundles():
         about = describe_bundle(key)
@@ -100,27 +115,39 @@ def sites_table(sites: dict[str, dict[str, Any]]) -> str:
 
 
 def site_cells(of_site: dict[str, Any]) -> list[str]:
-    """The three cells of each site; dashes where nothing was measured."""
-    cells = []
+    """The number of subjects, and the four cells of each site; dashes where nothing was measured."""
+    cells = [", ".join(str(of_site[site]["subjects"]) for site in SITES if site in of_site) or "-"]
     for site in SITES:
         row = of_site.get(site)
         if row is None:
-            cells += ["-"] * 3
+            cells += ["-"] * 4
             continue
         mean, worst = row["healthy_share"]["value"], row["healthy_worst_share"]["value"]
         cells += [f"{mean:.1%} ({worst:.1%})", f"{row['recall_strokes']['value']:.2f}", cell(row["auprc_strokes"])]
+        cells.append(cell(row["minus_baseline"]))
     return cells
 
 
 def card_of_sites(of_site: dict[str, Any]) -> str:
-    """A row a site."""
+    """A row a site, and what the comparison with the free baselines says."""
     header = ["", *OF_A_SITE.values()]
     rows = [
         [name, *(cell(of_site[site][metric]) if metric in of_site[site] else "-" for metric in OF_A_SITE)]
         for site, name in SITES.items()
         if site in of_site
     ]
-    return lines_of(header, rows)
+    differences = {name: of_site[site]["minus_baseline"] for site, name in SITES.items() if site in of_site}
+    found = [f"{verdict(metric)} ({name})" for name, metric in differences.items() if metric["value"] is not None]
+    said = ["", FREE, f"Of the strokes this bundle finds {', '.join(found)}."] if found else []
+    return "\n".join([lines_of(header, rows), *said])
+
+
+def verdict(difference: dict[str, Any]) -> str:
+    """In words whether the 95 % interval of a bundle's AUPRC minus that of the better free baseline holds 0."""
+    low, high = difference["ci95"]
+    if low > 0:
+        return "more than the better one"
+    return "less than the better one" if high < 0 else "neither surely more nor surely less than the better one"
 
 
 def lines_of(header: list[str], rows: list[list[str]]) -> str:

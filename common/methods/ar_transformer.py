@@ -55,6 +55,8 @@ class ARTransformer(AnomalyDetector):
         threshold: a code is unlikely below this probability. MONAI's tutorial takes the 3 % of an image's codes that
             are least likely, which flags healthy images alike.
         mode: what replaces an unlikely code: "sample", as the paper says, or the "argmax" of MONAI's tutorial.
+        map_kind: "residual" (paper): |x - x'| within the mask of the unlikely codes. "surprisal": -log p of each code,
+            upsampled, which needs no healing; so the reconstruction is what the first ordering heals.
         sigma_px: smoothing of the upsampled mask, as in `LatentDDPM`.
 
     Raises SettingError where `num_orderings` is not 1 to 8.
@@ -72,6 +74,7 @@ class ARTransformer(AnomalyDetector):
         heads: int = 16,
         threshold: float = 0.005,
         mode: Literal["argmax", "sample"] = "argmax",
+        map_kind: Literal["residual", "surprisal"] = "residual",
         sigma_px: float = 2.0,
     ) -> None:
         super().__init__()
@@ -86,25 +89,32 @@ class ARTransformer(AnomalyDetector):
         )
         self.threshold = threshold
         self.mode = mode
+        self.map_kind = map_kind
         self.sigma_px = sigma_px
         self.size_divisor = latent_space.downsampling
         self.register_load_state_dict_pre_hook(_leave_out_other_orderings)
 
     def _detect(self, image: Tensor, foreground: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, ...]:
         codes = self.codes(self.latent_space.posterior(image)[0])
-        anomaly_map, reconstruction, scores = torch.zeros_like(image[:, :1]), torch.zeros_like(image), []
+        maps: list[Tensor] = []
+        reconstructions: list[Tensor] = []
+        scores: list[Tensor] = []
         for index in range(len(self.transformers)):
             sequence, order = self.sequence(codes, index)
             log_likelihood = self.log_likelihood(sequence, index)
             scores.append(-log_likelihood.sum(dim=1))
+            if self.map_kind == "surprisal":
+                surprisal = unflatten(-log_likelihood, order, codes.shape)[:, None]
+                maps.append(F.interpolate(surprisal, image.shape[2:], mode="bilinear"))
+                if reconstructions:
+                    continue
             unlikely = self.unlikely(log_likelihood)
             healed = self.heal(sequence, unlikely, self.reader(index), generators)
-            healed_image = self.decode(unflatten(healed, order, codes.shape))
-            mask = unflatten(unlikely, order, codes.shape)[:, None].to(image.dtype)
-            part = masked_residual(image, healed_image, mask, self.sigma_px)
-            anomaly_map = anomaly_map + part / len(self.transformers)
-            reconstruction = reconstruction + healed_image / len(self.transformers)
-        return anomaly_map, reconstruction, torch.stack(scores).mean(dim=0)
+            reconstructions.append(self.decode(unflatten(healed, order, codes.shape)))
+            if self.map_kind == "residual":
+                mask = unflatten(unlikely, order, codes.shape)[:, None].to(image.dtype)
+                maps.append(masked_residual(image, reconstructions[-1], mask, self.sigma_px))
+        return mean_of(maps), mean_of(reconstructions), mean_of(scores)
 
     def codes(self, z: Tensor) -> Tensor:
         """Code indices of scaled latents (B, C_z, h, w): (B, h, w). Raises ImageShapeError where they are too many."""
@@ -165,6 +175,11 @@ def _leave_out_other_orderings(module: ARTransformer, state_dict: dict[str, Any]
 def unflatten(sequence: Tensor, order: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of `ARTransformer.sequence`: (B, h w) -> (B, h, w)."""
     return sequence[:, order.argsort()].view(shape)
+
+
+def mean_of(tensors: list[Tensor]) -> Tensor:
+    """The mean of tensors of one shape, element by element."""
+    return torch.stack(tensors).mean(dim=0)
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> int:

@@ -265,13 +265,13 @@ def of_ar_transformer(detector: ARTransformer, image: Tensor, seeds: Tensor) -> 
     with noted[0] as sequences, noted[1] as calls, noted[2] as decoded:
         found = detector.detect(image, seeds=seeds)
     shape = sequences[0][0][0].shape
-    chosen = some(range(len(calls)))
-    codes = {i: unflatten(calls[i][1], sequences[i][1][1], shape) for i in chosen}
+    codes = [unflatten(call[1], sequence[1][1], shape) for call, sequence in zip(calls, sequences, strict=True)]
+    healed = some(range(len(decoded)))  # with a map of the surprisal the first alone
     return [
         result(image, found),
-        [Panel(f"-log p, order {i + 1}", -codes[i][0], "map") for i in chosen],
-        [Panel(f"replaced, order {i + 1}", detector.unlikely(codes[i])[0].float(), "mask") for i in chosen],
-        [Panel(f"healed, order {i + 1}", shown(decoded[i][1])) for i in chosen],
+        [Panel(f"-log p, order {i + 1}", -codes[i][0], "map") for i in some(range(len(calls)))],
+        [Panel(f"replaced, order {i + 1}", detector.unlikely(codes[i])[0].float(), "mask") for i in healed],
+        [Panel(f"healed, order {i + 1}", shown(decoded[i][1])) for i in healed],
     ]
 
 

@@ -24,7 +24,7 @@ from common.errors import BundleError, SettingError
 from common.sharing.export import example, load_network
 
 CPU = torch.device("cpu")
-BY_TORCH_ALONE = ["ar_transformer_headct"]  # it reads token by token, by parts of its network
+BY_TORCH_ALONE = ["ar_transformer", "ar_transformer_headct"]  # it reads token by token, by parts of its network
 
 
 class TwoInputs(nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from arrays import generators, golden, slices
 from torch import nn
+from torch.nn import functional as F
 
 from common.errors import BundleError, ImageShapeError, SettingError
 from common.methods.ar_transformer import (
@@ -198,13 +199,29 @@ def test_nothing_unlikely_nothing_found():
     torch.testing.assert_close(detection.reconstruction, expected, atol=1e-5, rtol=0)
 
 
+def test_map_of_the_surprisal_is_minus_log_p_of_the_codes_and_needs_no_healing():
+    detector, single, image = tiny(map_kind="surprisal"), tiny(map_kind="surprisal", num_orderings=1), slices()
+    single.transformers = detector.transformers[:1]
+    with torch.no_grad():
+        codes = detector.codes(detector.latent_space.posterior(image)[0])
+        parts = [detector.sequence(codes, index) for index in range(2)]
+        log_p = [detector.log_likelihood(sequence, index) for index, (sequence, _) in enumerate(parts)]
+    surprisal = sum(-unflatten(p, order, codes.shape) for p, (_, order) in zip(log_p, parts, strict=True)) / 2
+    expected = F.interpolate(surprisal[:, None], scale_factor=4, mode="bilinear") * (image > 0)
+    found = detector.detect(image)
+    torch.testing.assert_close(found.anomaly_map, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.reconstruction, single.detect(image).reconstruction)
+    assert not torch.allclose(found.anomaly_map, single.detect(image).anomaly_map, atol=1e-2)
+
+
 # --- the contract ---
 
 
 @pytest.mark.parametrize("mode", ["argmax", "sample"])
+@pytest.mark.parametrize("map_kind", ["residual", "surprisal"])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_detection(check_detection, mode, channels):
-    check_detection(tiny(mode=mode, channels=channels), slices(channels=channels))
+def test_detection(check_detection, mode, map_kind, channels):
+    check_detection(tiny(mode=mode, map_kind=map_kind, channels=channels), slices(channels=channels))
 
 
 @pytest.mark.parametrize("mode", ["argmax", "sample"])
