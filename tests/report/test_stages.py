@@ -24,6 +24,7 @@ ROWS = {  # of the compact settings: the names of the panels of each row begin s
     "disyre": ["input", "restored, severity 1.00", "change, severity 1.00"],
     "iter_mask2": ["input", "mask, round 1", "rebuilt, round 1"],
     "cycle_unet_glioma": ["input"],
+    "ar_transformer": ["input", "-log p, order 1", "replaced, order 1", "healed, order 1"],
     "ar_transformer_headct": ["input", "-log p, order 1", "replaced, order 1", "healed, order 1"],
     "dae": ["input"],
 }
