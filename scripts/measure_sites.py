@@ -89,7 +89,7 @@ def main(
         for site, row in sites.items():
             print(name, site, *(f"{key} {cell(value)}" for key, value in row.items()))
     for site, groups in results[shipped].items():
-        for key in free.keys() - {method}:
+        for key in (key for key in free if key != method):
             difference = paired_difference(groups["strokes"], free[key][site]["strokes"], "auprc")
             rows[shipped][site][f"auprc_strokes_minus_{key}"] = difference
             print(site, "minus", key, cell(difference))
