@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from make_methods_table import BASELINES
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import SpatialResample
@@ -38,7 +39,6 @@ from common.weights import load_into, weights_sha256
 from common.workflows.calibrate import threshold_of
 from common.workflows.evaluation import write_result
 
-BASELINES = ("darkness_minus_atlas", "mirrored_minus_atlas")  # of the tables
 SHARE = 0.01  # of the healthy brain that may exceed the threshold, where `calibrate.json` says no other
 RESAMPLES = 300
 STEPS, RAW = "1, 2, 3, 4", "raw map"  # of the normalisation that is shipped, and without it
@@ -75,11 +75,13 @@ def main(
     about: dict[str, Any] = {"key": method, "standardised": not as_learned, "calibrated_on": len(healthy)}
     about["tested"] = subjects_by_site(tested)
     images = RawMaps("dae", as_learned, maps, images=True)
-    free = {key: of_baseline(key, images, healthy, tested) for key in ([method] if method in QUANTITIES else BASELINES)}
+    references, measured = [images(item) for item in healthy], [(item, images(item)) for item in tested]
+    free: dict[str, Results] = {}
     if method in QUANTITIES:
-        results, shipped = {RAW: free[method]}, RAW
+        results, shipped = {RAW: of_baseline(method, references, measured)}, RAW
         about |= {"false_positive_share": SHARE, "weights_sha256": None}
     else:
+        free = {key: of_baseline(key, references, measured) for key in BASELINES}
         volumes = RawMaps(method, as_learned, maps)
         results = of_bundle(volumes, healthy, tested)
         shipped = STEPS if "normalisation" in volumes.config else RAW
@@ -89,8 +91,8 @@ def main(
         for site, row in sites.items():
             print(name, site, *(f"{key} {cell(value)}" for key, value in row.items()))
     for site, groups in results[shipped].items():
-        for key in (key for key in free if key != method):
-            difference = paired_difference(groups["strokes"], free[key][site]["strokes"], "auprc")
+        for key, sites in free.items():
+            difference = paired_difference(groups["strokes"], sites[site]["strokes"], "auprc")
             rows[shipped][site][f"auprc_strokes_minus_{key}"] = difference
             print(site, "minus", key, cell(difference))
     about |= {"shipped": shipped, "seed": 0, "versions": versions()}
@@ -111,17 +113,15 @@ def of_bundle(volumes: RawMaps, healthy: list[Item], tested: list[Item]) -> dict
     return results
 
 
-def of_baseline(key: str, images: RawMaps, healthy: list[Item], tested: list[Item]) -> Results:
-    """The results of a free baseline, whose atlas and threshold are of the same healthy subjects."""
-    references = [images(item) for item in healthy]
+def of_baseline(key: str, healthy: list[Volume], tested: list[tuple[Item, Volume]]) -> Results:
+    """The results of a free baseline, its atlas and threshold of the healthy; the maps of the volumes are images."""
     above = AboveHealthyAtlas(QUANTITIES[key])
-    above.fit([(volume["map"].float(), volume["brain"]) for volume in references])
+    above.fit([(volume["map"].float(), volume["brain"]) for volume in healthy])
 
     def mapped(volume: Volume) -> Volume:
         return volume | {"map": above(volume["map"].float(), volume["brain"])}
 
-    measured = [(item, mapped(images(item))) for item in tested]
-    return measure(None, [mapped(volume) for volume in references], measured, SHARE)
+    return measure(None, [mapped(volume) for volume in healthy], [(item, mapped(v)) for item, v in tested], SHARE)
 
 
 class RawMaps:

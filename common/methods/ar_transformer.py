@@ -103,18 +103,17 @@ class ARTransformer(AnomalyDetector):
             sequence, order = self.sequence(codes, index)
             log_likelihood = self.log_likelihood(sequence, index)
             scores.append(-log_likelihood.sum(dim=1))
-            if self.map_kind == "surprisal":
-                surprisal = unflatten(-log_likelihood, order, codes.shape)[:, None]
-                maps.append(F.interpolate(surprisal, image.shape[2:], mode="bilinear"))
-                if reconstructions:
-                    continue
-            unlikely = self.unlikely(log_likelihood)
-            healed = self.heal(sequence, unlikely, self.reader(index), generators)
-            reconstructions.append(self.decode(unflatten(healed, order, codes.shape)))
+            if self.map_kind == "residual" or index == 0:
+                unlikely = self.unlikely(log_likelihood)
+                healed = self.heal(sequence, unlikely, self.reader(index), generators)
+                reconstructions.append(self.decode(unflatten(healed, order, codes.shape)))
             if self.map_kind == "residual":
                 mask = unflatten(unlikely, order, codes.shape)[:, None].to(image.dtype)
                 maps.append(masked_residual(image, reconstructions[-1], mask, self.sigma_px))
-        return mean_of(maps), mean_of(reconstructions), mean_of(scores)
+            else:
+                surprisal = unflatten(-log_likelihood, order, codes.shape)[:, None]
+                maps.append(F.interpolate(surprisal, image.shape[2:], mode="bilinear"))
+        return tuple(torch.stack(parts).mean(dim=0) for parts in (maps, reconstructions, scores))
 
     def codes(self, z: Tensor) -> Tensor:
         """Code indices of scaled latents (B, C_z, h, w): (B, h, w). Raises ImageShapeError where they are too many."""
@@ -175,11 +174,6 @@ def _leave_out_other_orderings(module: ARTransformer, state_dict: dict[str, Any]
 def unflatten(sequence: Tensor, order: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of `ARTransformer.sequence`: (B, h w) -> (B, h, w)."""
     return sequence[:, order.argsort()].view(shape)
-
-
-def mean_of(tensors: list[Tensor]) -> Tensor:
-    """The mean of tensors of one shape, element by element."""
-    return torch.stack(tensors).mean(dim=0)
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> int:
