@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.detection.volume import VolumeDetector
 from common.devices import checked_device
 from common.errors import one_line
+from common.images.mni import dice
 from common.results.case import versions
-from common.transforms.registration import dice
 from common.weights import load_into, sha256
 from common.workflows.run_time import peak_memory_mb, reset_peak_memory
 from common.workflows.variants import Variant

@@ -2,7 +2,7 @@
 
     python scripts/make_template.py
 
-Writes `mni152_T1_2mm.nii.gz` and `LICENSE` to `common/transforms/template`, from the template inside nilearn as
+Writes `mni152_T1_2mm.nii.gz` and `LICENSE` to `common/images/template`, from the template inside nilearn as
 `make_sample.py` averages it: nothing is downloaded. The same versions of numpy and zlib write the same bytes.
 """
 
@@ -25,10 +25,7 @@ integers; the brain is > 0. The changes are under the same terms.
 
 
 def make_template(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder.")] = ROOT
-    / "common"
-    / "transforms"
-    / "template",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder.")] = ROOT / "common" / "images" / "template",
 ) -> None:
     """Write template (uint8, background 0, brain > 0) and licence to a folder."""
     template, affine = template_2mm()

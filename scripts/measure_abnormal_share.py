@@ -26,10 +26,11 @@ from torch import Tensor
 from common.cohorts.synthetic_lesions import InsertLesions
 from common.detection.reliability import doubts
 from common.errors import one_line
+from common.images.mni import template
 from common.results.case import versions
 from common.transforms.intensity import CorrectBiasFieldd, ScaleIntensityByForegroundd
 from common.transforms.load import load_image
-from common.transforms.registration import mni_transform, onto, template
+from common.transforms.registration import mni_transform, onto
 from common.workflows.evaluation import write_result
 
 SHARES = (0.05, 0.15, 0.30)

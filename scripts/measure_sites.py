@@ -43,6 +43,7 @@ SHARE = 0.01  # of the healthy brain that may exceed the threshold, where `calib
 RESAMPLES = 300
 STEPS, RAW = "1, 2, 3, 4", "raw map"  # of the normalisation that is shipped, and without it
 UNSIGNED = "1, 2, 3, 4, no sign"  # where darker and brighter are shipped as two parts
+BOXES = "1, 2, 3, 4, boxes"  # the same places by the boxes around the brains
 OFF: dict[str, Any] = {"healthy_atlas": False, "contralateral_weight": 0.0, "smoothing_vox": 0.0}
 VARIANTS: dict[str, dict[str, Any] | None] = {  # what each has other than the bundle
     RAW: None,
@@ -52,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {  # what each has other than the b
     "1, 2, 4": {"contralateral_weight": 0.0},
     STEPS: {},
     "1, 2, 3, 4, w = 0.75": {"contralateral_weight": 0.75},
+    BOXES: {"registration": False},
     UNSIGNED: {"signed_smoothing_vox": 0.0},
 }
 

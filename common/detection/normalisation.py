@@ -11,17 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
 from ..errors import SettingError
-from ..images.background import Box, box_of
+from ..images.mni import mni_grid
 from ..recorded import Recorded
+from .alignment import ATLAS_MM, by_boxes, by_registration, from_atlas, mirrored, to_atlas
 
-BRAIN_SHAPE = (73, 91, 78)  # voxels of 2 mm of the box around the brain of MNI152 (`transforms.registration.template`)
-ATLAS_SHAPE = (37, 46, 39)  # the same box at 4 mm, in which the atlas is kept
-ATLAS_SIGMA_VOX = 1.5  # at 2 mm: the boxes of two brains match to within some millimetres
+ATLAS_SHAPE = mni_grid(ATLAS_MM)[1]
 TOLERANCE_VOX = 3  # side of the cube whose largest value stands for the mirrored place
 MIRROR_SIGMA_VOX = 0.7
 MIN_COUNT = 0.05  # of a subject; where fewer healthy brains are, the atlas says nothing
@@ -37,12 +35,13 @@ class HealthyMap:
     """The map of a healthy subject in robust units, with what it adds to the atlas.
 
     z: (P, H, W, D), its parts in units of its own scatter, 0 outside the brain; brain: (H, W, D) bool, where it
-    belongs. scale: the scatter in units of the map. total: (P, 37, 46, 39), smoothed z in the box of MNI152;
-    count: (37, 46, 39), the brain there.
+    belongs; to_mni: (4, 4), its voxels to mm of MNI152. scale: the scatter in units of the map. total: (P, 46, 55, 46),
+    smoothed z in MNI152; count: (46, 55, 46), the brain there.
     """
 
     z: np.ndarray
     brain: np.ndarray
+    to_mni: np.ndarray
     scale: float
     total: Tensor
     count: Tensor
@@ -51,16 +50,17 @@ class HealthyMap:
 class WithinSubjectNormalisation(Recorded, nn.Module):
     """Robust z-score of a map within its brain, minus a healthy atlas, minus the mirrored side, smoothed.
 
-    With m the map, b the brain and g the result mirrored left to right about the middle of the brain's box:
+    With m the map, b the brain and g the result mirrored left to right:
 
     1. z = (m - median_b m) / MAD_b m, with MAD = median of |m - median|;
-    2. r = z - a, where a is the mean z of healthy subjects at this place, carried by the boxes around the brains;
+    2. r = z - a, where a is the mean z of healthy subjects at this place;
     3. r = r - w max(g, 0), where g is dilated (3 x 3 x 3, the tolerance) and smoothed (0.7 voxel) before;
     4. Gaussian smoothing within the brain.
 
     The result has no unit: it says how many times the scatter of its own brain a voxel lies above what is expected.
     The median and the MAD stand as long as much less than half of a brain is abnormal. Step 3 weakens what is abnormal
-    on both sides alike.
+    on both sides alike. The same place of another brain, and of the other side, is found by the boxes around the
+    brains, or with `registration` by the affine that brings the mask of the brain to that of MNI152.
 
     With `signed_smoothing_vox`, what is darker and what is brighter than its reconstruction are two parts of the map.
     Where the reconstruction of a healthy brain is blurred, both alternate from gyrus to sulcus, and a mean over some
@@ -79,6 +79,7 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         contralateral_weight: w, 0 to 1; 0 leaves step 3 out.
         smoothing_vox: standard deviation of step 4, in voxels; 0 leaves it out.
         signed_smoothing_vox: standard deviation of the smoothing of s, in voxels; 0 for one part, without a sign.
+        registration: whether places are found by the affine to MNI152; it takes 0.4 s of a core a brain.
 
     Raises SettingError where a number is out of its range.
     """
@@ -93,6 +94,7 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         contralateral_weight: float = 0.5,
         smoothing_vox: float = 1.5,
         signed_smoothing_vox: float = 0.0,
+        registration: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= contralateral_weight <= 1 or min(smoothing_vox, signed_smoothing_vox) < 0:
@@ -103,6 +105,7 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         self.contralateral_weight = contralateral_weight
         self.smoothing_vox = smoothing_vox
         self.signed_smoothing_vox = signed_smoothing_vox
+        self.align = by_registration if registration else by_boxes
         shape = (2, *ATLAS_SHAPE) if signed_smoothing_vox else ATLAS_SHAPE
         self.register_buffer("atlas", torch.zeros(shape if healthy_atlas else 0))
         factor = torch.ones((), dtype=torch.float64)
@@ -119,15 +122,17 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         """
         inside = brain[0].cpu().numpy()
         parts, scale = self._parts(anomaly_map, inside, change)
-        result = self._joined(self._compare(parts, inside, self._fitted_atlas()))
+        compared = self._compare(parts, inside, self.align(inside), self._fitted_atlas()) if inside.any() else parts
+        result = self._joined(compared)
         return torch.from_numpy(result)[None].to(anomaly_map.device), scale
 
     def healthy_map(self, anomaly_map: Tensor, brain: Tensor, change: Tensor | None = None) -> HealthyMap:
         """What `fit` needs of a healthy subject, on the CPU; shapes as for `forward`."""
         inside = brain[0].cpu().numpy()
         parts, scale = self._parts(anomaly_map, inside, change)
-        total, count = (to_atlas(torch.from_numpy(x.astype(np.float32)), brain) for x in (parts, inside[None]))
-        return HealthyMap(parts, inside, scale, total, count[0])
+        to_mni = self.align(inside)
+        total, count = (to_atlas(x.astype(np.float32), to_mni) for x in (parts, inside[None]))
+        return HealthyMap(parts, inside, to_mni, scale, total, count[0])
 
     @property
     def is_fitted(self) -> bool:
@@ -156,7 +161,7 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
             others = self._fitted_atlas()
             if self.healthy_atlas and not keep:
                 others = mean_of(total - subject.total, count - subject.count)
-            compared.append(self._compare(subject.z, subject.brain, others)[:, subject.brain])
+            compared.append(self._compare(subject.z, subject.brain, subject.to_mni, others)[:, subject.brain])
         if self.healthy_atlas and not keep:
             self.atlas.copy_(mean_of(total, count).view_as(self.atlas))
         if self.signed_smoothing_vox and not keep:
@@ -165,7 +170,7 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         return [self._joined(parts) for parts in compared]
 
     def _fitted_atlas(self) -> Tensor | None:
-        """(P, 37, 46, 39), on the CPU."""
+        """(P, 46, 55, 46), on the CPU."""
         return self.atlas.float().cpu().view(-1, *ATLAS_SHAPE) if self.healthy_atlas else None
 
     def _parts(self, anomaly_map: Tensor, inside: np.ndarray, change: Tensor | None) -> tuple[np.ndarray, float]:
@@ -180,14 +185,12 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         signed = smoothed_inside(signed, inside, self.signed_smoothing_vox) / np.float32(scale)
         return np.stack([np.maximum(signed, 0), np.maximum(-signed, 0)]), scale
 
-    def _compare(self, parts: np.ndarray, brain: np.ndarray, atlas: Tensor | None) -> np.ndarray:
+    def _compare(self, parts: np.ndarray, brain: np.ndarray, to_mni: np.ndarray, atlas: Tensor | None) -> np.ndarray:
         """Steps 2 to 4, (P, H, W, D) -> same."""
-        if not brain.any():
-            return np.zeros_like(parts)
         if atlas is not None:
-            parts = np.where(brain, parts - from_atlas(atlas, torch.from_numpy(brain)[None]).numpy(), 0)
+            parts = np.where(brain, parts - from_atlas(atlas, to_mni, brain.shape), 0)
         if self.contralateral_weight > 0:
-            parts = np.stack([minus_mirrored(part, brain, self.contralateral_weight) for part in parts])
+            parts = np.stack([minus_mirrored(part, brain, to_mni, self.contralateral_weight) for part in parts])
         if self.smoothing_vox > 0:
             parts = np.stack([smoothed_inside(part, brain, self.smoothing_vox) for part in parts])
         return parts
@@ -197,13 +200,10 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         return parts[0] if len(parts) == 1 else np.maximum(parts[0], parts[1] * np.float32(self.brighter_factor))
 
 
-def minus_mirrored(values: np.ndarray, brain: np.ndarray, weight: float) -> np.ndarray:
+def minus_mirrored(values: np.ndarray, brain: np.ndarray, to_mni: np.ndarray, weight: float) -> np.ndarray:
     """Step 3: less what is above 0 around the mirrored place; (H, W, D), 0 outside the brain."""
-    box = box_of(brain)
-    mirrored = np.zeros_like(values)
-    mirrored[box] = values[box][::-1]
-    mirrored = ndimage.gaussian_filter(ndimage.grey_dilation(mirrored, TOLERANCE_VOX), MIRROR_SIGMA_VOX)
-    return np.where(brain, values - weight * np.maximum(mirrored, 0), 0)
+    other = ndimage.grey_dilation(mirrored(values, to_mni), TOLERANCE_VOX)
+    return np.where(brain, values - weight * np.maximum(ndimage.gaussian_filter(other, MIRROR_SIGMA_VOX), 0), 0)
 
 
 def smoothed_inside(values: np.ndarray, brain: np.ndarray, sigma_vox: float) -> np.ndarray:
@@ -220,34 +220,6 @@ def robust_z(values: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, float]
     centre = np.median(values[inside])
     scale = max(float(np.median(np.abs(values[inside] - centre))), EPSILON)
     return np.where(inside, (values - centre) / np.float32(scale), 0).astype(np.float32), scale
-
-
-def box_of_channels(foreground: Tensor) -> Box:
-    """The box around a foreground (1, H, W, D), in volumes of any channels (C, H, W, D)."""
-    return (slice(None), *box_of(foreground[0].cpu().numpy()))
-
-
-def resized(volume: Tensor, shape: Sequence[int]) -> Tensor:
-    """(C, H, W, D) -> (C, *shape), each axis stretched by itself, linearly."""
-    return F.interpolate(volume[None], tuple(shape), mode="trilinear")[0]
-
-
-def to_atlas(volume: Tensor, brain: Tensor, shape: Sequence[int] = ATLAS_SHAPE) -> Tensor:
-    """From the box around a brain to that around the brain of MNI152, smoothed; sums and counts alike; on the CPU.
-
-    volume: (C, H, W, D), 0 outside the brain; brain: (1, H, W, D) bool; result: (C, *shape).
-    """
-    carried = resized(volume[box_of_channels(brain)].cpu(), BRAIN_SHAPE).numpy()
-    smoothed = ndimage.gaussian_filter(carried, (0, *[ATLAS_SIGMA_VOX] * 3), mode="constant")
-    return resized(torch.from_numpy(smoothed), shape)
-
-
-def from_atlas(atlas: Tensor, brain: Tensor) -> Tensor:
-    """An atlas (C, ...) on the grid of a brain (1, H, W, D) bool -> (C, H, W, D), 0 outside the brain's box."""
-    box = box_of_channels(brain)
-    volume = atlas.new_zeros(len(atlas), *brain.shape[1:])
-    volume[box] = resized(atlas, volume[box].shape[1:])
-    return volume
 
 
 def mean_of(total: Tensor, count: Tensor) -> Tensor:

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..detection.normalisation import BRAIN_SHAPE, MIN_COUNT, box_of_channels, from_atlas, mean_of, resized, to_atlas
+from ..detection.alignment import by_registration, from_atlas, mirrored, to_atlas
+from ..detection.normalisation import MIN_COUNT, mean_of
 from ..detection.volume import smoothed_within
+from ..images.background import Box, box_of
+from ..images.mni import GRID_MM
 
 Direction = Literal["bright", "dark"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -105,15 +108,13 @@ def brightness(image: Tensor, foreground: Tensor) -> Tensor:
 def darker_than_mirrored(image: Tensor, foreground: Tensor) -> Tensor:
     """By how much a place is darker than all within one voxel of the same place on the other side, (1, H, W, D).
 
-    Smoothed before and after. The first spatial axis runs from left to right, and is mirrored about the middle of the
-    brain's box.
+    Smoothed before and after. The same place is found by the registration of the brain to MNI152.
     """
+    to_mni = by_registration(foreground[0].numpy())
     dark = smoothed(1 - image.mean(0, keepdim=True), foreground)
-    where = box_of_channels(foreground)
-    mirrored, both = torch.zeros_like(dark), torch.zeros_like(foreground)
-    mirrored[where] = dark[where].flip(1)
-    both[where] = foreground[where] & foreground[where].flip(1)
-    return smoothed((dark - F.max_pool3d(mirrored, 3, 1, 1)).clamp(min=0) * both, foreground)
+    there, inside = (torch.from_numpy(mirrored(x[0].float().numpy(), to_mni))[None] for x in (dark, foreground))
+    both = foreground & (inside >= 0.5)
+    return smoothed((dark - F.max_pool3d(there, 3, 1, 1)).clamp(min=0) * both, foreground)
 
 
 Quantity = Callable[[Tensor, Tensor], Tensor]
@@ -127,14 +128,14 @@ QUANTITIES: dict[str, Quantity] = {
 class AboveHealthyAtlas:
     """By how much a quantity of a place exceeds its mean at this place of healthy brains; 0 in the rim of the brain.
 
-    Places are matched by the boxes around the brains. The rim is left out because it is where tissue, fluid and what
-    the skull stripping left meet: everything differs there.
+    Places are matched by the registration of the brains to MNI152. The rim is left out because it is where tissue,
+    fluid and what the skull stripping left meet: everything differs there.
 
     Args:
         quantity: `(image, foreground) -> (1, H, W, D)`.
 
     Attributes (after `fit`):
-        atlas_: (1, 73, 91, 78), the mean; where hardly any healthy brain was seen the highest mean, so that nothing
+        atlas_: (1, 91, 109, 91), the mean; where hardly any healthy brain was seen the highest mean, so that nothing
             exceeds it by chance.
     """
 
@@ -146,19 +147,25 @@ class AboveHealthyAtlas:
         pairs = list(volumes)
         if not pairs:
             raise ValueError("AboveHealthyAtlas.fit got no volume: it needs at least one healthy subject")
-        total, count = torch.zeros(1, *BRAIN_SHAPE), torch.zeros(1, *BRAIN_SHAPE)
+        total = count = torch.zeros(())
         for image, foreground in pairs:
             inside = without_rim(foreground)
-            total += to_atlas(self.quantity(image, foreground) * inside, foreground, BRAIN_SHAPE)
-            count += to_atlas(inside.to(image.dtype), foreground, BRAIN_SHAPE)
+            total = total + self._carried(self.quantity(image, foreground) * inside, foreground)
+            count = count + self._carried(inside, foreground)
         mean = mean_of(total, count)
         self.atlas_ = torch.where(count > MIN_COUNT, mean, mean.max())
         return self
 
     def __call__(self, image: Tensor, foreground: Tensor) -> Tensor:
         """The map, (1, H, W, D), shapes and ranges as in this module's docstring."""
-        exceeding = self.quantity(image, foreground) - from_atlas(self.atlas_, foreground)
+        to_mni = by_registration(foreground[0].numpy())
+        expected = from_atlas(self.atlas_, to_mni, foreground.shape[1:], GRID_MM)
+        exceeding = self.quantity(image, foreground) - torch.from_numpy(expected)
         return exceeding.clamp(min=0) * without_rim(foreground)
+
+    @staticmethod
+    def _carried(values: Tensor, foreground: Tensor) -> Tensor:
+        return to_atlas(values.float().numpy(), by_registration(foreground[0].numpy()), GRID_MM)
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,16 @@ class HealthyBaselines:
 
         mean_image = MeanHealthyImage().fit(passed())
         return cls(mean_image, {name: AboveHealthyAtlas(quantity).fit(kept) for name, quantity in QUANTITIES.items()})
+
+
+def box_of_channels(foreground: Tensor) -> Box:
+    """The box around a foreground (1, H, W, D), in volumes of any channels (C, H, W, D)."""
+    return (slice(None), *box_of(foreground[0].cpu().numpy()))
+
+
+def resized(volume: Tensor, shape: Sequence[int]) -> Tensor:
+    """(C, H, W, D) -> (C, *shape), each axis stretched by itself, linearly."""
+    return F.interpolate(volume[None], tuple(shape), mode="trilinear")[0]
 
 
 def smoothed(volume: Tensor, foreground: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ or shear of a header is exact. World coordinates are RAS in mm all along, for IT
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,13 +21,24 @@ from scipy import ndimage
 
 from ..errors import RegistrationError
 from ..images.check import same_grid, source_name, voxel_volume_ml
+from ..images.mni import (
+    GRID_MM,
+    MASK_SIGMA_MM,
+    MASK_STEP_MM,
+    MIN_DICE,
+    Grid,
+    as_affine,
+    as_matrix,
+    dice,
+    mni_grid,
+    register,
+    template,
+    to_itk,
+)
 from .resample import resample_foreground, smooth
 
 sitk, _ = optional_import("SimpleITK")
 
-TEMPLATE = Path(__file__).parent / "template" / "mni152_T1_2mm.nii.gz"
-MNI_BOX_MM = np.array([182, 218, 182])  # with its corner, the grid of FSL's MNI152
-MNI_CORNER_MM = np.array([-90, -126, -72])
 # the middle of the grids of FSL at 1 and 2 mm and of the template's versions 2009a and c: who writes there means MNI152
 MNI_CENTRES_MM = {
     (182, 218, 182): (0, -17.5, 18.5),
@@ -38,14 +48,10 @@ MNI_CENTRES_MM = {
 }
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-GRID_MM = 2.0  # of the estimation, as of the template
 MARGIN_MM = 10.0  # of background, so that the rim of the brain guides the estimate
-MASK_SIGMA_MM = 4.0  # a smooth edge is felt from afar
 RIM_VOXELS = 2
-HISTOGRAM_BINS = 32
-MASK_STEP_MM, INFORMATION_STEP_MM = 4.0, 2.0  # longest first step: a longer one can turn a brain upside down
-# plausible: the brains overlap; adult brains are 0.8 to 1 times as large as the template's along an axis, infants' 0.6
-MIN_DICE = 0.85
+INFORMATION_STEP_MM = 2.0  # longest first step
+# plausible: adult brains are 0.8 to 1 times as large as the template's along an axis, infants' 0.6
 SCALES = (0.6, 1.6)
 # already in MNI152: the estimate moves nothing by more than a voxel, or the grid is a usual one and the brains overlap
 RECOGNISED_MM = 2.0
@@ -53,22 +59,6 @@ RECOGNISED_MM = 2.0
 MAX_ROTATION_DEG = 45.0
 MAX_SHIFT_MM = 60.0
 MIN_INFORMATION = 0.1  # nats; 0.2 and more where two scans match, see scripts/measure_registration.py
-
-Grid = tuple[np.ndarray, tuple[int, ...]]  # affine (4, 4) and shape
-
-
-@cache
-def template() -> tuple[MetaTensor, MetaTensor]:
-    """MNI152 T1 without skull at 2 mm, and its brain: both (1, H, W, D) float32."""
-    file = nib.Nifti1Image.from_filename(TEMPLATE)
-    volume = torch.from_numpy(file.get_fdata(dtype=np.float32))[None]
-    return MetaTensor(volume, affine=file.affine), MetaTensor((volume > 0).float(), affine=file.affine)
-
-
-def mni_grid(spacing_mm: float) -> Grid:
-    """The RAS grid of MNI152; at 1 and 2 mm it is FSL's but for the direction of the first axis."""
-    shape = np.ceil(MNI_BOX_MM / spacing_mm - 1e-6).astype(int)
-    return nib.affines.from_matvec(np.eye(3) * spacing_mm, MNI_CORNER_MM), tuple(shape.tolist())
 
 
 def mni_transform(image: MetaTensor, brain: MetaTensor) -> np.ndarray:
@@ -255,51 +245,6 @@ class RegisterToMNId(MapTransform, InvertibleTransform):
         return result
 
 
-def register(
-    fixed: Any,
-    moving: Any,
-    transform: Any,
-    shrink: Sequence[int],
-    step_mm: float,
-    information: bool = True,
-    mask: Any = None,
-) -> float:
-    """Optimise a SimpleITK transform (fixed to moving) in place, coarse to fine, and return the metric.
-
-    All voxels count, on one thread: neither a seed nor the number of cores changes the order of the sums.
-
-    Args:
-        shrink: factor of each level.
-        step_mm: bound of the first step.
-        information: minus the mutual information, else mean squares.
-        mask: where the fixed image counts.
-    """
-    method = sitk.ImageRegistrationMethod()
-    method.SetNumberOfThreads(1)
-    method.SetNumberOfWorkUnits(1)
-    if information:
-        method.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
-    else:
-        method.SetMetricAsMeanSquares()
-    if mask is not None:
-        method.SetMetricFixedMask(mask)
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=1.0,
-        minStep=1e-3,
-        numberOfIterations=100,
-        gradientMagnitudeTolerance=1e-8,
-        estimateLearningRate=method.Once,
-        maximumStepSizeInPhysicalUnits=step_mm,
-    )
-    method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel(list(shrink))
-    method.SetSmoothingSigmasPerLevel([GRID_MM * (factor - 1) / 2 for factor in shrink])
-    method.SetInitialTransform(transform, inPlace=True)
-    method.Execute(fixed, moving)
-    return float(method.GetMetricValue())
-
-
 def upright_brain(image: MetaTensor, brain: MetaTensor) -> tuple[MetaTensor, MetaTensor]:
     """Mask and tissue of a brain, both (1, h, w, d), on the upright grid around it; bright voxels are clipped."""
     box = ndimage.find_objects((brain.as_tensor()[0] > 0).numpy().astype(np.uint8))[0]
@@ -351,37 +296,6 @@ def centre_of(mask: MetaTensor) -> np.ndarray:
 def brain_ml(mask: MetaTensor) -> float:
     """Volume of a mask in millilitres."""
     return float((mask.as_tensor() > 0).sum()) * voxel_volume_ml(mask)
-
-
-def to_itk(image: MetaTensor, sigma_mm: float = 0.0) -> Any:
-    """(1, H, W, D) on an upright grid as a SimpleITK image, smoothed."""
-    affine = np.asarray(image.affine, dtype=float)
-    spacing = np.diag(affine)[:3]
-    volume = ndimage.gaussian_filter(image.as_tensor()[0].numpy().astype(np.float32), sigma_mm / spacing)
-    result = sitk.GetImageFromArray(np.ascontiguousarray(volume.T))
-    result.SetSpacing(spacing.tolist())
-    result.SetOrigin(affine[:3, 3].tolist())
-    return result
-
-
-def as_affine(transform: Any) -> Any:
-    """A SimpleITK transform with a matrix as an affine one."""
-    result = sitk.AffineTransform(3)
-    result.SetCenter(transform.GetCenter())
-    result.SetMatrix(transform.GetMatrix())
-    result.SetTranslation(transform.GetTranslation())
-    return result
-
-
-def as_matrix(transform: Any) -> np.ndarray:
-    """A SimpleITK transform with a matrix as (4, 4)."""
-    matrix, centre = np.reshape(transform.GetMatrix(), (3, 3)), np.array(transform.GetCenter())
-    return nib.affines.from_matvec(matrix, centre + transform.GetTranslation() - matrix @ centre)
-
-
-def dice(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Overlap of two bool masks of one shape."""
-    return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
 
 
 def mni_overlap(brain: MetaTensor, to_mni: np.ndarray) -> float:

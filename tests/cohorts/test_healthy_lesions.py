@@ -15,9 +15,9 @@ from common.cli import app
 from common.cohorts.healthy_lesions import IXI, NOVOSIBIRSK
 from common.cohorts.labelled import check_labelled_cohort
 from common.cohorts.table import read_cohort
+from common.images.mni import TEMPLATE
 from common.transforms.intensity import CorrectBiasFieldd
 from common.transforms.load import LoadImageCheckedd
-from common.transforms.registration import TEMPLATE
 
 
 def subjects_of(split, site=IXI):

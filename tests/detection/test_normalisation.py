@@ -2,21 +2,10 @@ import numpy as np
 import pytest
 import torch
 from arrays import GOLDEN
-from scipy import ndimage
 
-from common.detection.normalisation import (
-    ATLAS_SHAPE,
-    BRAIN_SHAPE,
-    WithinSubjectNormalisation,
-    box_of,
-    from_atlas,
-    minus_mirrored,
-    robust_z,
-    smoothed_inside,
-    to_atlas,
-)
+from common.detection.alignment import by_boxes
+from common.detection.normalisation import WithinSubjectNormalisation, minus_mirrored, robust_z, smoothed_inside
 from common.errors import SettingError
-from common.transforms.registration import template
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +36,7 @@ def test_each_step_is_the_golden_one(steps):
     assert scale == pytest.approx(float(steps["mad"]), rel=1e-6)
     minus_atlas = np.where(brain, z - steps["atlas"], 0)
     np.testing.assert_allclose(minus_atlas, steps["minus_atlas"], rtol=1e-5, atol=1e-5)
-    minus_contralateral = minus_mirrored(minus_atlas, brain, 0.5)
+    minus_contralateral = minus_mirrored(minus_atlas, brain, by_boxes(brain), 0.5)
     np.testing.assert_allclose(minus_contralateral, steps["minus_contralateral"], rtol=1e-5, atol=1e-5)
     smoothed = smoothed_inside(minus_contralateral, brain, 1.5)
     np.testing.assert_allclose(smoothed, steps["smoothed"], rtol=1e-4, atol=1e-5)
@@ -55,33 +44,9 @@ def test_each_step_is_the_golden_one(steps):
 
 def test_the_steps_in_their_order(steps, monkeypatch):
     brain = steps["brain"]
-    monkeypatch.setattr(
-        "common.detection.normalisation.from_atlas", lambda atlas, brain: torch.from_numpy(steps["atlas"])[None]
-    )
+    monkeypatch.setattr("common.detection.normalisation.from_atlas", lambda *arguments: steps["atlas"][None])
     normalised, _ = WithinSubjectNormalisation()(torch.from_numpy(steps["map"])[None], torch.from_numpy(brain)[None])
     np.testing.assert_allclose(normalised[0].numpy(), steps["smoothed"], rtol=1e-4, atol=1e-5)
-
-
-def test_the_box_is_that_of_the_template():
-    brain = template()[1].numpy()[0] > 0
-    assert brain[box_of(brain)].shape == BRAIN_SHAPE
-
-
-@pytest.mark.parametrize(("shape", "error"), [(ATLAS_SHAPE, 0.02), (BRAIN_SHAPE, 0.01)])
-def test_a_volume_carried_to_the_atlas_and_back_is_the_smoothed_volume(shape, error):
-    brain = torch.from_numpy(ellipsoid((40, 44, 36)))[None]
-    volume = torch.stack([torch.linspace(low, 0.7, 44)[None, :, None].expand(40, 44, 36) for low in (0.1, 0.4)]) * brain
-    total, count = (to_atlas(x, brain, shape) for x in (volume, brain.float()))
-    assert total.shape == (2, *shape)
-    back = from_atlas(total / count.clamp(min=1e-6), brain)
-    inside = torch.from_numpy(ndimage.binary_erosion(brain[0], iterations=3)).expand(2, -1, -1, -1)
-    assert (back - volume)[inside].abs().mean() < error
-    assert (back[:, :2] == 0).all()  # outside of the brain's box
-
-
-def test_a_box_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="the foreground is empty"):
-        box_of(np.zeros((3, 3, 3), bool))
 
 
 def test_gain_and_offset_of_a_scanner_do_not_matter():

@@ -7,9 +7,10 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from common.images.mni import template
 from common.results.case import Case
 from common.results.quality import QUALITY, noise_share, quality, tissue_contrast
-from common.transforms.registration import mni_overlap, template
+from common.transforms.registration import mni_overlap
 
 
 def volume(values, affine=None):

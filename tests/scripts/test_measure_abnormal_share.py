@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from common.transforms.registration import template
+from common.images.mni import template
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3])

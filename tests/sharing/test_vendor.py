@@ -90,4 +90,4 @@ def test_data_come_if_they_are_named():
     assert data == {"cohorts/sample/mni152_lesions_T1.nii.gz", "cohorts/sample/LICENSE"}
     template = vendored_files({"": b'"common.transforms.registration.RegisterToMNId"'})
     data = {place for place in template if not place.endswith(".py")}
-    assert data == {"transforms/template/mni152_T1_2mm.nii.gz", "transforms/template/LICENSE"}
+    assert data == {"images/template/mni152_T1_2mm.nii.gz", "images/template/LICENSE"}

@@ -18,15 +18,14 @@ from scipy.spatial.transform import Rotation
 
 from common.cohorts.table import SAMPLE_DIR
 from common.errors import RegistrationError
+from common.images.mni import mni_grid, template
 from common.transforms import registration
 from common.transforms.registration import (
     RegisterToMNI,
     RegisterToMNId,
     align_to,
     is_mni,
-    mni_grid,
     mni_transform,
-    template,
     world_points,
     write_tfm,
 )
