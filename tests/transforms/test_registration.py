@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -30,7 +26,6 @@ from common.transforms.registration import (
     write_tfm,
 )
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 # what a tissue of the T1 (CSF, rim, grey, white matter) looks like elsewhere
 T1 = [0, 60, 140, 220, 300]
 CONTRASTS = {"T2": [255, 220, 120, 60, 60], "FLAIR": [20, 30, 200, 150, 220], "CT": [8, 10, 38, 30, 30]}
@@ -224,17 +219,3 @@ def test_modalities_that_do_not_match_are_refused(sample, monkeypatch):
     monkeypatch.setattr(registration, "MAX_ROTATION_DEG", -1.0)
     with pytest.raises(RegistrationError, match="degrees"):
         align_to(sample[0], registration.onto(sample[0], (np.asarray(affine), shape)))
-
-
-def test_make_template_makes_the_shipped_template(tmp_path, monkeypatch):
-    pytest.importorskip("nilearn", reason="the template comes with nilearn (requirements-dev.txt)")
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.delitem(sys.modules, "make_sample", raising=False)
-    spec = importlib.util.spec_from_file_location("make_template", SCRIPTS / "make_template.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    script.make_template(tmp_path)
-    made, kept = nib.load(tmp_path / registration.TEMPLATE.name), nib.load(registration.TEMPLATE)
-    np.testing.assert_array_equal(made.affine, kept.affine)
-    np.testing.assert_array_equal(np.asarray(made.dataobj), np.asarray(kept.dataobj))
-    assert (tmp_path / "LICENSE").read_bytes() == (registration.TEMPLATE.parent / "LICENSE").read_bytes()
