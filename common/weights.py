@@ -93,13 +93,16 @@ def load_networks(module: nn.Module, path: str | Path, new: Sequence[str] = ()) 
 
 
 def save_weights(state_dict: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a state dict, float32 in half precision (float64 buffers, such as thresholds, as they are)."""
+    """Write a state dict, float32 in half precision (float64 buffers, such as thresholds, as they are).
+
+    The same tensors make the same bytes: given a path, torch would put its name into the file.
+    """
     compact = {
         name: value.detach().cpu().half() if value.dtype == torch.float32 else value.detach().cpu()
         for name, value in state_dict.items()
     }
-    with replacing(path) as temporary:
-        torch.save(compact, temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(compact, file)
 
 
 def sha256(path: str | Path) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import SettingError
 from ..images.mni import mni_grid
 from ..recorded import Recorded
-from .alignment import ATLAS_MM, by_boxes, by_registration, from_atlas, mirrored, to_atlas
+from .alignment import ATLAS_MM, Align, by_boxes, by_registration, from_atlas, mirrored, to_atlas
 
 ATLAS_SHAPE = mni_grid(ATLAS_MM)[1]
 TOLERANCE_VOX = 3  # side of the cube whose largest value stands for the mirrored place
@@ -105,7 +105,7 @@ class WithinSubjectNormalisation(Recorded, nn.Module):
         self.contralateral_weight = contralateral_weight
         self.smoothing_vox = smoothing_vox
         self.signed_smoothing_vox = signed_smoothing_vox
-        self.align = by_registration if registration else by_boxes
+        self.align: Align = by_registration if registration else by_boxes
         shape = (2, *ATLAS_SHAPE) if signed_smoothing_vox else ATLAS_SHAPE
         self.register_buffer("atlas", torch.zeros(shape if healthy_atlas else 0))
         factor = torch.ones((), dtype=torch.float64)

@@ -7,6 +7,7 @@ import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
+from common.detection import alignment
 from common.detection.alignment import MIRROR, by_boxes, by_registration, from_atlas, mirrored, to_atlas
 from common.images.background import box_of
 from common.images.mni import mni_grid, template
@@ -42,7 +43,7 @@ def test_the_registration_finds_a_turned_brain_and_boxes_do_not(angles):
 def test_the_same_brain_has_the_same_place_every_time():
     brain, _ = turned_brain((5, 3, 0))
     first = by_registration(brain).copy()
-    by_registration.__globals__["_registered"].cache_clear()
+    alignment._registered.cache_clear()
     assert np.array_equal(by_registration(brain.copy()), first)
 
 
