@@ -17,7 +17,19 @@ from scipy import ndimage
 from torch import Tensor
 
 from ..images.background import box_of
-from ..images.mni import GRID_MM, MASK_SIGMA_MM, MASK_STEP_MM, MIN_DICE, as_matrix, mni_grid, register, template, to_itk
+from ..images.mni import (
+    GRID_MM,
+    MASK_SIGMA_MM,
+    MASK_STEP_MM,
+    MIN_DICE,
+    as_matrix,
+    centre_of,
+    dice,
+    mni_grid,
+    register,
+    template,
+    to_itk,
+)
 
 sitk, _ = optional_import("SimpleITK")
 
@@ -55,10 +67,7 @@ def _registered(packed: bytes, shape: tuple[int, ...]) -> np.ndarray:
     near = torch.from_numpy(np.pad(brain[box], MARGIN_VOX)).float()[None]
     corner = np.array([side.start - MARGIN_VOX for side in box]) * GRID_MM
     moving = MetaTensor(near, affine=nib.affines.from_matvec(np.eye(3) * GRID_MM, corner))
-    centre, brain_centre = (
-        nib.affines.apply_affine(np.asarray(mask.affine), np.argwhere(mask.numpy()[0] > 0).mean(axis=0))
-        for mask in (target, moving)
-    )
+    centre, brain_centre = centre_of(target), centre_of(moving)
     to_brain = sitk.AffineTransform(3)
     to_brain.Scale(float(np.cbrt(brain.sum() / _template_brain().sum())))
     to_brain.SetCenter(centre.tolist())
@@ -105,7 +114,7 @@ def _overlap(brain: np.ndarray, to_mni: np.ndarray) -> float:
     """Dice of a brain in MNI152 and that of the template."""
     there, grid = _template_brain(), np.asarray(template()[1].affine)
     here = _moved(brain.astype(np.float32), np.linalg.inv(to_mni) @ grid, there.shape) >= 0.5
-    return 2 * float((here & there).sum()) / float(here.sum() + there.sum())
+    return dice(torch.from_numpy(here), torch.from_numpy(there))
 
 
 @cache

@@ -117,6 +117,12 @@ def as_matrix(transform: Any) -> np.ndarray:
     return nib.affines.from_matvec(matrix, centre + transform.GetTranslation() - matrix @ centre)
 
 
+def centre_of(mask: MetaTensor) -> np.ndarray:
+    """The centre of a mask (1, H, W, D), (3,), RAS mm, by a sum of whole numbers, which is exact in any order."""
+    voxels = np.argwhere(mask.as_tensor()[0].numpy() > 0)
+    return nib.affines.apply_affine(np.asarray(mask.affine, dtype=float), voxels.sum(axis=0) / len(voxels))
+
+
 def dice(a: torch.Tensor, b: torch.Tensor) -> float:
     """Overlap of two bool masks of one shape."""
     return 2 * float((a & b).sum()) / float(a.sum() + b.sum())

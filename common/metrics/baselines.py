@@ -147,11 +147,12 @@ class AboveHealthyAtlas:
         pairs = list(volumes)
         if not pairs:
             raise ValueError("AboveHealthyAtlas.fit got no volume: it needs at least one healthy subject")
-        total = count = torch.zeros(())
+        sums = torch.zeros(())
         for image, foreground in pairs:
             inside = without_rim(foreground)
-            total = total + self._carried(self.quantity(image, foreground) * inside, foreground)
-            count = count + self._carried(inside, foreground)
+            parts = torch.cat([self.quantity(image, foreground) * inside, inside]).float()
+            sums = sums + to_atlas(parts.numpy(), by_registration(foreground[0].numpy()), GRID_MM)
+        total, count = sums.split(1)
         mean = mean_of(total, count)
         self.atlas_ = torch.where(count > MIN_COUNT, mean, mean.max())
         return self
@@ -162,10 +163,6 @@ class AboveHealthyAtlas:
         expected = from_atlas(self.atlas_, to_mni, foreground.shape[1:], GRID_MM)
         exceeding = self.quantity(image, foreground) - torch.from_numpy(expected)
         return exceeding.clamp(min=0) * without_rim(foreground)
-
-    @staticmethod
-    def _carried(values: Tensor, foreground: Tensor) -> Tensor:
-        return to_atlas(values.float().numpy(), by_registration(foreground[0].numpy()), GRID_MM)
 
 
 @dataclass(frozen=True)

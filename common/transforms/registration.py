@@ -29,6 +29,7 @@ from ..images.mni import (
     Grid,
     as_affine,
     as_matrix,
+    centre_of,
     dice,
     mni_grid,
     register,
@@ -285,12 +286,6 @@ def onto(image: MetaTensor, grid: Grid) -> MetaTensor:
 def world_points(mask: MetaTensor) -> np.ndarray:
     """The centres of the voxels above 0 of a mask (1, H, W, D): (N, 3), RAS mm."""
     return nib.affines.apply_affine(np.asarray(mask.affine, dtype=float), np.argwhere(mask.as_tensor()[0].numpy() > 0))
-
-
-def centre_of(mask: MetaTensor) -> np.ndarray:
-    """The mean of `world_points`, (3,), by a sum of whole numbers, which is exact in any order."""
-    voxels = np.argwhere(mask.as_tensor()[0].numpy() > 0)
-    return nib.affines.apply_affine(np.asarray(mask.affine, dtype=float), voxels.sum(axis=0) / len(voxels))
 
 
 def brain_ml(mask: MetaTensor) -> float:

@@ -18,8 +18,8 @@ from scipy import ndimage
 
 from ..errors import SkullStripError
 from ..images.check import source_name
-from ..images.mni import MASK_STEP_MM, as_affine, as_matrix, register, template, to_itk
-from .registration import INFORMATION_STEP_MM, SCALES, centre_of, onto, upright, world_points
+from ..images.mni import MASK_STEP_MM, as_affine, as_matrix, centre_of, register, template, to_itk
+from .registration import INFORMATION_STEP_MM, SCALES, onto, upright, world_points
 
 sitk, _ = optional_import("SimpleITK")
 

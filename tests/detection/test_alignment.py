@@ -66,15 +66,16 @@ def test_the_boxes_have_the_same_sides_and_the_middle_lies_between_left_and_righ
     assert found[:, 0].sum() == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("spacing_mm", [4.0, 2.0])
 @pytest.mark.parametrize("align", [by_boxes, by_registration])
-def test_a_volume_carried_to_the_atlas_and_back_is_the_smoothed_volume(align):
+def test_a_volume_carried_to_the_atlas_and_back_is_the_smoothed_volume(align, spacing_mm):
     brain, _ = turned_brain((0, 0, 0))
     ramp = np.linspace(0.1, 0.7, SIDE)[None, :, None]
     volumes = np.stack([np.broadcast_to(values, brain.shape) for values in (ramp, 1 - ramp)]) * brain
     to_mni = align(brain)
-    total, count = (to_atlas(x.astype(np.float32), to_mni) for x in (volumes, brain[None]))
-    assert total.shape == (2, *mni_grid(4.0)[1])
-    back = from_atlas(total / count.clamp(min=1e-6), to_mni, brain.shape)
+    total, count = (to_atlas(x.astype(np.float32), to_mni, spacing_mm) for x in (volumes, brain[None]))
+    assert total.shape == (2, *mni_grid(spacing_mm)[1])
+    back = from_atlas(total / count.clamp(min=1e-6), to_mni, brain.shape, spacing_mm)
     inside = ndimage.binary_erosion(brain, iterations=3)
     assert np.abs(back - volumes)[:, inside].mean() < 0.01
 
@@ -90,6 +91,6 @@ def test_the_other_side_of_a_turned_brain():
 
 
 def test_an_empty_brain_has_no_place():
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="the foreground is empty"):
         by_boxes(np.zeros((4, 4, 4), dtype=bool))
     assert torch.isfinite(torch.from_numpy(by_boxes(np.ones((4, 4, 4), dtype=bool)))).all()
